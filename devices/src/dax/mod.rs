@@ -1,0 +1,46 @@
+//! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// The window as the FUSE server sees it (virtio 1.3, 5.11.6.4): where it lives in guest or host memory is
+/// not the server's business.
+///
+/// All methods may be called from any thread at any time. Each call is atomic towards the others: two
+/// calls on overlapping ranges leave the result of one order or the other. At no moment is there a hole
+/// in the host mapping that an unrelated `mmap` of this process could take.
+///
+/// Offsets and lengths are bytes. They are the guest's own numbers: the implementation checks them.
+pub trait DaxWindow: Send + Sync {
+    /// Size in bytes, a multiple of 2 MiB.
+    fn size(&self) -> u64;
+
+    /// Puts `len` bytes of `file` from `file_offset` at `offset` in the window, shared with the host's page
+    /// cache, over whatever was there. May reach past the end of the file. The window keeps its own
+    /// reference to the file.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when an offset or the length is not a multiple of 4 KiB, when `len` is 0, when the range
+    /// leaves the window or overflows; else the errno of `mmap` (`EACCES` for a writable mapping of a file
+    /// that is not open for writing, `ENOMEM` when the process has too many mappings). The window is
+    /// unchanged after an error.
+    fn map(
+        &self,
+        offset: u64,
+        len: u64,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+        writable: bool,
+    ) -> io::Result<()>;
+
+    /// Takes away whatever is mapped in the range. A range where nothing is mapped is fine.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` as for [`map`](Self::map).
+    fn unmap(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Takes away everything: DESTROY, a device reset, a second INIT. Idempotent.
+    fn clear(&self);
+}

@@ -1,0 +1,20 @@
+//! Everything of an Oriel machine that the guest can touch.
+//!
+//! The guest is hostile from its first instruction: nothing it sends makes this crate panic, hang, or
+//! reach what it should not. The crate knows nothing of KVM; what it needs from the machine it asks for
+//! through traits ([`pci::MsiVector`], [`pci::WindowSlot`]), which the `oriel` crate implements.
+//!
+//! From the bottom up, and never the other way:
+//!
+//! - [`memory`]: guest memory, and the buffers that a descriptor chain or a test hands to a server;
+//! - [`fuse`]: the FUSE **protocol** (wire structs, decoding, replies; knows no files);
+//! - [`dax`]: the DAX **window** (a host reservation into which file pages are mapped);
+//! - [`share`]: the **share** (a host directory served safely; knows no virtio);
+//! - [`bus`], [`pci`]: how the guest reaches a device;
+//! - [`virtio`]: queues and transport, and [`virtio::fs`], the **device** that joins all of the above;
+//! - [`serial`], [`power`]: the two legacy devices a guest needs.
+
+pub mod bus;
+pub mod dax;
+pub mod memory;
+pub mod pci;

@@ -1,0 +1,3 @@
+//! What the host and `oriel-init` tell each other, and the initramfs that carries `oriel-init`.
+
+pub mod protocol;

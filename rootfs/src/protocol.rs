@@ -1,0 +1,129 @@
+//! What passes between the host and `oriel-init`.
+//!
+//! The host puts a [`Config`] as JSON into the initramfs at [`CONFIG_PATH`]. Once the guest runs, the
+//! serial ports carry the rest:
+//!
+//! | port | device | carries |
+//! |---|---|---|
+//! | COM1 | `/dev/ttyS0` | the kernel's console |
+//! | COM2 | `/dev/ttyS1` | the command's standard input and output (both, and standard error, with a terminal) |
+//! | COM3 | `/dev/ttyS2` | the command's standard error |
+//! | COM4 | `/dev/ttyS3` | [`FromHost`] and [`FromGuest`], one JSON object a line |
+
+use serde::{Deserialize, Serialize};
+
+/// Where the host puts the [`Config`] in the initramfs.
+pub const CONFIG_PATH: &str = "/oriel/config.json";
+
+/// Where the initramfs holds kernel modules, which are loaded in the order of [`Config::modules`].
+pub const MODULES_DIR: &str = "/oriel/modules";
+
+/// Everything `oriel-init` has to know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// File names below [`MODULES_DIR`], in the order in which to load them. One that is loaded or built in
+    /// already is no error.
+    pub modules: Vec<String>,
+    /// The root file system; without one the initramfs itself is it.
+    pub root: Option<Root>,
+    /// Further shares, mounted in this order below the root, mount points created where missing.
+    pub shares: Vec<Share>,
+    /// The guest's host name.
+    pub hostname: String,
+    /// The command to run.
+    pub process: Process,
+}
+
+/// The root file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    /// The share that holds it. `path` is ignored.
+    pub share: Share,
+    /// Lay a tmpfs over it, so that writes stay in the guest and end with it (overlayfs).
+    pub overlay: bool,
+}
+
+/// One virtio-fs device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// The device's tag.
+    pub tag: String,
+    /// Where it is mounted: an absolute path.
+    pub path: String,
+    /// Mounted read-only. (The host enforces it in any case.)
+    pub read_only: bool,
+    /// How the guest uses the DAX window.
+    pub dax: Dax,
+}
+
+/// The `dax` mount option of virtio-fs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dax {
+    /// `dax=never`: no window, or the window is not used.
+    Never,
+    /// `dax=inode`: files that the host marks.
+    Inode,
+    /// `dax=always`: every regular file; the mount fails without a window.
+    Always,
+}
+
+/// The command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Program and arguments; the program is looked up in `PATH` when it holds no slash.
+    pub args: Vec<String>,
+    /// The whole environment, as `NAME=VALUE`.
+    pub env: Vec<String>,
+    /// Working directory, an absolute path inside the root.
+    pub cwd: String,
+    /// `USER[:GROUP]`, each a name from the root's `/etc/passwd` or `/etc/group`, or a number. `None` is
+    /// root.
+    pub user: Option<String>,
+    /// Give it a terminal (COM2) as its controlling terminal.
+    pub terminal: bool,
+    /// Forward standard input. Otherwise it reads end of file at once.
+    pub stdin: bool,
+}
+
+/// A message from the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FromHost {
+    /// Standard input ended after this many bytes on COM2.
+    StdinEnd {
+        /// Bytes sent on COM2 since the start.
+        bytes: u64,
+    },
+    /// Send this signal to the command.
+    Signal {
+        /// Linux signal number.
+        number: i32,
+    },
+    /// The terminal has this size.
+    Resize {
+        /// Height in characters.
+        rows: u16,
+        /// Width in characters.
+        columns: u16,
+    },
+}
+
+/// A message from the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FromGuest {
+    /// The command is about to be started: everything is mounted.
+    Started,
+    /// The command ended, and all it wrote has been sent. The guest powers off next.
+    Exited {
+        /// What `oriel run` exits with: the command's status, 128 + n when signal n killed it, 126 when it
+        /// could not be executed, 127 when it was not found.
+        status: u8,
+    },
+    /// The sandbox could not be set up. The guest powers off next.
+    Failed {
+        /// One line: what could not be done, with the name and the errno.
+        message: String,
+    },
+}
