@@ -18,3 +18,5 @@ pub mod bus;
 pub mod dax;
 pub mod memory;
 pub mod pci;
+pub mod power;
+pub mod serial;
