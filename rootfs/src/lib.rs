@@ -1,3 +1,4 @@
 //! What the host and `oriel-init` tell each other, and the initramfs that carries `oriel-init`.
 
+pub mod initramfs;
 pub mod protocol;

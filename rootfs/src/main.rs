@@ -1,2 +1,126 @@
-//! Oriel.
-fn main() {}
+//! The first program of an Oriel guest: mounts what the host shares, runs one command, reports its status and
+//! powers the machine off. What it is to do and how it talks to the host is [`oriel_init::protocol`].
+
+mod link;
+mod modules;
+mod mounts;
+mod process;
+mod sys;
+mod users;
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use oriel_init::initramfs::BUSYBOX_PATH;
+use oriel_init::protocol::{CONFIG_PATH, Config, FromGuest};
+
+use crate::link::Port;
+use crate::process::Control;
+
+fn main() -> ExitCode {
+    if !rustix::process::getpid().is_init() {
+        eprintln!("oriel-init is the first program of an Oriel guest; `oriel run` starts it");
+        return ExitCode::FAILURE;
+    }
+    // Without /dev there is nobody to tell but the kernel's console.
+    if let Err(error) = mounts::first() {
+        eprintln!("oriel-init: {error:#}");
+        power_off();
+    }
+    match Port::open(3) {
+        Ok(mut messages) => {
+            let last = match run(&mut messages) {
+                Ok(status) => FromGuest::Exited { status },
+                Err(error) => FromGuest::Failed {
+                    message: one_line(&error),
+                },
+            };
+            log(&format!("{last:?}"));
+            if let Err(error) = link::send(&mut messages, &last) {
+                log(&one_line(&error));
+            }
+        }
+        Err(error) => log(&one_line(&error)),
+    }
+    power_off()
+}
+
+/// The whole life of the guest, up to the command's status.
+fn run(messages: &mut Port) -> Result<u8> {
+    let config = fs::read(CONFIG_PATH).with_context(|| format!("cannot read {CONFIG_PATH}"))?;
+    let config: Config =
+        serde_json::from_slice(&config).with_context(|| format!("cannot decode {CONFIG_PATH}"))?;
+    modules::load(&config.modules)?;
+    match &config.root {
+        Some(root) => mounts::enter_root(root)?,
+        None => install_busybox(),
+    }
+    mounts::further();
+    mounts::shares(&config.shares)?;
+    rustix::system::sethostname(config.hostname.as_bytes())
+        .with_context(|| format!("cannot set the host name to {:?}", config.hostname))?;
+    if let Err(error) = sys::loopback_up() {
+        log(&format!("cannot set the loopback interface up: {error}"));
+    }
+    let ids = users::lookup(config.process.user.as_deref())?;
+
+    let (output, error) = (Port::open(1)?, Port::open(2)?);
+    let control = Arc::new(Control::new().context("cannot create an eventfd")?);
+    let (port, listener) = (messages.try_clone()?, Arc::clone(&control));
+    thread::Builder::new()
+        .name("messages".into())
+        .spawn(move || link::receive(port, |message| listener.take(message)))
+        .context("cannot start a thread")?;
+    link::send(messages, &FromGuest::Started)?;
+    let status = process::run(&config.process, ids, &control, output, error)?;
+    std::env::set_current_dir("/").context("cannot leave the working directory")?;
+    mounts::leave(&config.shares);
+    Ok(status)
+}
+
+/// The commands of a guest that lives in the initramfs.
+fn install_busybox() {
+    if !Path::new(BUSYBOX_PATH).exists() {
+        return;
+    }
+    let result = Command::new(BUSYBOX_PATH)
+        .args(["--install", "-s"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status();
+    match result {
+        Ok(status) if status.success() => {}
+        Ok(status) => log(&format!("busybox --install: {status}")),
+        Err(error) => log(&format!("cannot run busybox: {error}")),
+    }
+}
+
+/// An error and its causes as the one line that the host prints.
+fn one_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").replace('\n', " ")
+}
+
+/// Writes a line to the kernel's log, where it shows up on COM1 among the kernel's own.
+fn log(line: &str) {
+    // Level 6, informational. There is nowhere to complain when this fails.
+    if let Ok(mut kernel) = OpenOptions::new().write(true).open("/dev/kmsg") {
+        let _ = kernel.write_all(format!("<6>oriel-init: {line}\n").as_bytes());
+    }
+}
+
+fn power_off() -> ! {
+    rustix::fs::sync();
+    if let Err(error) = rustix::system::reboot(rustix::system::RebootCommand::PowerOff) {
+        log(&format!("cannot power off: {error}"));
+    }
+    // The kernel panics when its first program ends, and the host has all it needs.
+    loop {
+        thread::sleep(Duration::from_secs(3600));
+    }
+}
