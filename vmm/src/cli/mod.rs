@@ -1,0 +1,151 @@
+//! The command line.
+
+mod check;
+mod run;
+mod values;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+pub use self::run::RunArgs;
+pub use self::values::{Cache, ConsoleTarget, InitrdSource, ShareOptions};
+
+/// Exit status of a command line that cannot be understood.
+pub const STATUS_USAGE: u8 = 2;
+/// Exit status of a sandbox that could not be started, or that broke down: docker's and podman's.
+pub const STATUS_SANDBOX: u8 = 125;
+
+/// Run a command in a virtual machine whose files are the host's own.
+///
+/// Oriel boots a Linux kernel on KVM and implements the virtio-fs device inside its own process: host
+/// directories appear in the guest without an image, a copy or a daemon, and file pages are mapped straight
+/// into the guest (DAX).
+#[derive(Debug, Parser)]
+#[command(name = "oriel", version, max_term_width = 100)]
+#[command(after_help = "Start with `oriel check`, then `oriel run -- uname -a`.")]
+struct Cli {
+    /// What to write to standard error: error, warn, info, debug or trace
+    #[arg(long, global = true, env = "ORIEL_LOG", default_value = "warn", value_name = "LEVEL")]
+    log_level: log::LevelFilter,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<RunArgs>),
+    Check(check::CheckArgs),
+    /// Print a completion script for a shell
+    ///
+    /// For example: `oriel completions bash > /etc/bash_completion.d/oriel`
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the manual page of oriel, or of one of its commands, in roff
+    ///
+    /// For example: `oriel man run | man -l -`
+    Man {
+        /// The command
+        command: Option<String>,
+    },
+}
+
+/// Reads the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage_error(&error),
+    };
+    env_logger::Builder::new()
+        .filter_level(cli.log_level)
+        .format_timestamp(None)
+        .format_target(false)
+        .init();
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Check(args) => check::check(&args),
+        Command::Completions { shell } => {
+            let mut command = Cli::command();
+            clap_complete::generate(shell, &mut command, "oriel", &mut std::io::stdout());
+            Ok(0)
+        }
+        Command::Man { command } => print_man_page(command.as_deref()),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("oriel: {error:#}");
+            let usage = error.downcast_ref::<UsageError>().is_some();
+            ExitCode::from(if usage { STATUS_USAGE } else { STATUS_SANDBOX })
+        }
+    }
+}
+
+/// Options that contradict each other: found after parsing, but still a wrong command line.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+fn print_man_page(name: Option<&str>) -> anyhow::Result<u8> {
+    let mut command = Cli::command();
+    command.build();
+    let page = match name {
+        None => command,
+        Some(name) => command
+            .find_subcommand(name)
+            .ok_or_else(|| UsageError(format!("man {name}: there is no such command")))?
+            .clone()
+            .name(format!("oriel-{name}")),
+    };
+    clap_mangen::Man::new(page).render(&mut std::io::stdout())?;
+    Ok(0)
+}
+
+/// A wrong value is one line; a wrong word also gets clap's hints.
+fn usage_error(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // Nobody is left to tell when standard output is closed.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::ValueValidation | ErrorKind::InvalidValue => {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            let line = line.strip_prefix("error: ").unwrap_or(line);
+            eprintln!("oriel: {line}");
+            ExitCode::from(STATUS_USAGE)
+        }
+        _ => {
+            let _ = error.print();
+            ExitCode::from(STATUS_USAGE)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_has_help() {
+        let mut command = Cli::command();
+        command.build();
+        for command in command.get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument);
+            }
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! `oriel run`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::UsageError;
+use super::values::{ConsoleTarget, InitrdSource, RootArg, ShareArg};
+use crate::machine::memory::MemoryConfig;
+use crate::sandbox;
+
+/// Boot a sandbox, run COMMAND in it, and exit with its status
+///
+/// The guest boots in a moment, runs the command and powers off. Without --root it has a small userland of
+/// its own (busybox) and sees nothing of the host but what --share names.
+#[derive(Debug, Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct RunArgs {
+    /// Share a host directory: HOST_DIR:GUEST_PATH[:OPTION,...]
+    ///
+    /// Options: ro (the host refuses writes); cache=never|metadata|auto|always (what the guest may keep,
+    /// default auto: names and attributes for a second); dax=never|inode|always (which files are mapped
+    /// straight from the host's page cache: none, those that the host picks, or all; default inode);
+    /// window=SIZE (address space for those mappings, a multiple of 2M, default 512M; costs the guest 1/64
+    /// of it in RAM); queues=N (request queues, default one for each CPU); tag=NAME (the device's name in
+    /// the guest).
+    #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]
+    pub shares: Vec<ShareArg>,
+
+    /// Use a host directory that holds a Linux userland as root: HOST_DIR[:OPTION,...]
+    ///
+    /// Options are those of --share, and overlay: writes stay in the guest's memory and end with it.
+    /// `--root /:overlay` runs the command in the host's own userland: fast to try, but everything this
+    /// user may read on the host, secrets included, can then be read by the guest.
+    #[arg(long, value_name = "ROOT")]
+    pub root: Option<RootArg>,
+
+    /// Number of CPUs, at most the host's
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub cpus: u8,
+
+    /// Memory: SIZE[,backend=anon|memfd|file:PATH|hugetlb:2M|hugetlb:1G]
+    ///
+    /// Pages are taken from the host as the guest touches them; huge pages must have been reserved. A file
+    /// backend makes an unnamed file in a directory such as /dev/shm.
+    #[arg(short, long, default_value = "1G", value_name = "SIZE")]
+    pub memory: MemoryConfig,
+
+    /// Set an environment variable; NAME alone takes the host's value
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+
+    /// Working directory of the command
+    #[arg(short, long, default_value = "/", value_name = "PATH")]
+    pub workdir: String,
+
+    /// User of the command: a name of the guest's /etc/passwd or a number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+
+    /// Host name of the guest
+    #[arg(long, default_value = "oriel", value_name = "NAME")]
+    pub hostname: String,
+
+    /// Forward standard input to the command
+    #[arg(short, long)]
+    pub interactive: bool,
+
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+
+    /// Kernel: a vmlinux or a bzImage for x86-64
+    ///
+    /// Without it, the one that kernel-config/fetch brought is used.
+    #[arg(long, env = "ORIEL_KERNEL", value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Let a bzImage unpack itself in the guest: slower, with its address randomisation
+    #[arg(long)]
+    pub no_unpack: bool,
+
+    /// Boot this initrd instead of Oriel's own; `none` lets the kernel mount the root share itself
+    ///
+    /// Such a guest mounts its shares by their tags and takes no COMMAND; --tty and --interactive connect
+    /// the console.
+    #[arg(long, value_name = "FILE|none", conflicts_with = "command")]
+    pub initrd: Option<InitrdSource>,
+
+    /// Words to add to the kernel's command line
+    #[arg(long, default_value = "", value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: String,
+
+    /// Where the kernel's console goes: none, stdout, stderr or a file
+    ///
+    /// Default: none (its end is shown when the sandbox breaks down), or stdout with --initrd.
+    #[arg(long, value_name = "WHERE")]
+    pub console: Option<ConsoleTarget>,
+
+    /// At the end, write what each share's device counted to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+
+    /// The command and its arguments; a shell when there is none
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  oriel run -- uname -a
+  oriel run -v ./src:/src -w /src -- make
+  oriel run -v ~/data:/data:ro -- sha256sum /data/big
+  oriel run --root /srv/debian:overlay --cpus 4 --memory 4G -it -- bash
+
+Exit status: the command's own; 128+N when signal N killed it; 127 when it was not found, 126 when it
+could not be executed; 125 when the sandbox could not be started or broke down; 2 for a wrong command line.";
+
+/// Runs the sandbox to its end and returns the exit status.
+pub fn run(args: &RunArgs) -> Result<u8> {
+    check(args)?;
+    sandbox::run(args)
+}
+
+/// What is wrong whatever the host.
+fn check(args: &RunArgs) -> Result<(), UsageError> {
+    let usage = |message: String| Err(UsageError(message));
+    if args.cpus == 0 {
+        return usage("--cpus 0: a guest needs a CPU; give 1 or more".into());
+    }
+    if !args.workdir.starts_with('/') {
+        return usage(format!("--workdir {:?}: write an absolute path", args.workdir));
+    }
+    if args.hostname.is_empty() || args.hostname.len() > 64 {
+        return usage(format!("--hostname {:?}: write 1 to 64 characters", args.hostname));
+    }
+    if let Some(wrong) = args.env.iter().find(|entry| entry.is_empty() || entry.starts_with('=')) {
+        return usage(format!("--env {wrong:?}: write NAME=VALUE or NAME"));
+    }
+    let foreign = args.initrd.is_some();
+    if foreign && (!args.env.is_empty() || args.user.is_some() || args.workdir != "/") {
+        return usage("--initrd: --env, --user and --workdir are for Oriel's own init; leave them".into());
+    }
+    let root = args.root.as_ref();
+    if foreign && root.is_some_and(|root| root.options.overlay) {
+        return usage("--root …,overlay: only Oriel's own init makes the overlay; leave --initrd".into());
+    }
+    let mut paths: Vec<&str> = Vec::new();
+    for share in &args.shares {
+        if paths.contains(&share.guest.as_str()) {
+            return usage(format!("--share …:{}: two shares are mounted there; move one", share.guest));
+        }
+        paths.push(&share.guest);
+    }
+    Ok(())
+}

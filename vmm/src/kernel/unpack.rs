@@ -1,0 +1,150 @@
+//! Unpacking a bzImage on the host.
+//!
+//! The guest would do it itself, on one virtual CPU before anything else runs; here it is done once and the
+//! result kept. What boots then is the kernel proper at its default address, without the randomisation that
+//! the unpacking code does.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, Result, bail};
+
+use super::image::{Format, KernelFile};
+
+/// `setup_header` fields, as offsets in a bzImage.
+const SETUP_SECTS_OFFSET: usize = 0x1f1;
+const PAYLOAD_OFFSET_OFFSET: usize = 0x248;
+const PAYLOAD_LENGTH_OFFSET: usize = 0x24c;
+const SECTOR: usize = 512;
+/// What `setup_sects` 0 stands for.
+const DEFAULT_SETUP_SECTS: usize = 4;
+
+const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
+const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+
+/// No kernel is larger. A bound on what a broken or hostile file can make us hold.
+const UNPACKED_MAX: u64 = 512 << 20;
+
+/// The kernel inside `file`, or `file` itself when it cannot be taken out (then the guest unpacks it). Kept
+/// in the user's cache directory, where that can be written.
+pub fn unpacked(file: KernelFile) -> KernelFile {
+    match try_unpacked(&file) {
+        Ok(kernel) => kernel,
+        Err(error) => {
+            log::info!("the guest unpacks {} itself: {error:#}", file.path.display());
+            file
+        }
+    }
+}
+
+fn try_unpacked(file: &KernelFile) -> Result<KernelFile> {
+    let cache = cache_path(&file.path);
+    if let Some(cache) = &cache
+        && cache.is_file()
+        && let Ok(kernel) = KernelFile::open(cache)
+        && kernel.format == Format::Vmlinux
+    {
+        return Ok(kernel);
+    }
+    log::info!("unpacking {}", file.path.display());
+    let bytes = unpack(&file.bytes)?;
+    let format = KernelFile::detect(&bytes).context("what was unpacked")?;
+    if format != Format::Vmlinux {
+        bail!("what was unpacked is no vmlinux");
+    }
+    if let Some(cache) = cache
+        && let Err(error) = store(&cache, &bytes)
+    {
+        log::info!("not kept in {}: {error:#}", cache.display());
+    }
+    Ok(KernelFile { path: file.path.clone(), format, bytes })
+}
+
+/// Named after the size and time of the file, so that a new kernel is a new name.
+fn cache_path(kernel: &Path) -> Option<PathBuf> {
+    let metadata = std::fs::metadata(kernel).ok()?;
+    let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let directory = variable("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
+    let name = format!("vmlinux-{}-{}", metadata.len(), modified.as_nanos());
+    Some(directory.join("oriel").join(name))
+}
+
+/// Writes a whole file or none: another `oriel` may read it at any moment.
+fn store(path: &Path, bytes: &[u8]) -> Result<()> {
+    let directory = path.parent().context("no directory")?;
+    std::fs::create_dir_all(directory)?;
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    file.write_all(bytes)?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// Takes the kernel out of a bzImage.
+fn unpack(image: &[u8]) -> Result<Vec<u8>> {
+    let payload = payload(image).context("the bzImage's header points outside of it")?;
+    let mut bytes = Vec::new();
+    if payload.starts_with(GZIP_MAGIC) {
+        let unpacker = flate2::read::GzDecoder::new(payload);
+        unpacker.take(UNPACKED_MAX).read_to_end(&mut bytes).context("gzip")?;
+    } else if payload.starts_with(ZSTD_MAGIC) {
+        let unpacker = ruzstd::decoding::StreamingDecoder::new(payload)?;
+        unpacker.take(UNPACKED_MAX).read_to_end(&mut bytes).context("zstd")?;
+    } else if KernelFile::detect(payload).is_ok() {
+        bytes.extend_from_slice(payload);
+    } else {
+        bail!("it is packed in neither gzip nor zstd");
+    }
+    Ok(bytes)
+}
+
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at.checked_add(4)?)?;
+        usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
+    };
+    let sectors = match usize::from(*image.get(SETUP_SECTS_OFFSET)?) {
+        0 => DEFAULT_SETUP_SECTS,
+        sectors => sectors,
+    };
+    let start = SECTOR * (sectors + 1) + word(PAYLOAD_OFFSET_OFFSET)?;
+    image.get(start..start.checked_add(word(PAYLOAD_LENGTH_OFFSET)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image_with(payload: &[u8]) -> Vec<u8> {
+        let mut image = vec![0; SECTOR * 2];
+        image[SETUP_SECTS_OFFSET] = 1;
+        image[PAYLOAD_OFFSET_OFFSET] = 16;
+        image[PAYLOAD_LENGTH_OFFSET..][..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        image.extend([0; 16]);
+        image.extend(payload);
+        image
+    }
+
+    #[test]
+    fn a_gzip_payload_is_unpacked() {
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packer.write_all(b"a kernel").unwrap();
+        let mut payload = packer.finish().unwrap();
+        payload.extend([0; 4]); // what the kernel's build appends
+        assert_eq!(unpack(&image_with(&payload)).unwrap(), b"a kernel");
+    }
+
+    #[test]
+    fn a_broken_image_is_an_error() {
+        for payload in [&b"BZh9"[..], GZIP_MAGIC, ZSTD_MAGIC, b""] {
+            assert!(unpack(&image_with(payload)).is_err());
+        }
+        let mut image = image_with(b"x");
+        image[PAYLOAD_LENGTH_OFFSET + 3] = 0xff;
+        assert!(unpack(&image).is_err());
+        assert!(unpack(&[]).is_err());
+    }
+}

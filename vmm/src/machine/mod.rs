@@ -1,0 +1,224 @@
+//! The machine: memory, interrupts, CPUs and buses, put together and run.
+//!
+//! [`Machine::new`] makes an empty one, [`Machine::add_fs`] adds a virtio-fs device for each share, and
+//! [`Machine::start`] loads a kernel and lets the vCPUs go. All that the guest can touch is in the `devices`
+//! crate; here is what only KVM can give it.
+
+mod acpi;
+mod cpuid;
+mod irq;
+pub mod layout;
+pub mod memory;
+mod registers;
+mod slots;
+mod vcpu;
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, ensure};
+use devices::bus::Bus;
+use devices::dax::Window;
+use devices::pci::{AddressWindows, PciRoot};
+use devices::power::{self, Power, PowerRequest};
+use devices::serial::{self, SerialPort};
+use devices::virtio::fs::{FsConfig, FsDevice, Server};
+use devices::virtio::transport::VirtioPci;
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::GuestAddressSpace;
+
+use self::irq::{Interrupts, MsiController};
+use self::memory::MemoryConfig;
+use self::slots::Slots;
+use self::vcpu::Exits;
+use crate::kernel::BootImage;
+
+/// Why a machine stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest reset itself; also a kernel that panicked, and a triple fault.
+    Reset,
+    /// The guest cannot be run any further, for this reason.
+    Crashed(String),
+}
+
+/// What a machine is made with.
+pub struct MachineConfig {
+    /// Number of vCPUs, at least 1.
+    pub cpus: u8,
+    /// Guest RAM.
+    pub memory: MemoryConfig,
+    /// Where COM1 to COM4 send.
+    pub serial: [Box<dyn Write + Send>; 4],
+    /// Called once or more, from vCPU threads, when the guest stopped.
+    pub on_stop: Arc<dyn Fn(StopReason) + Send + Sync>,
+}
+
+/// A machine that is being built or runs.
+///
+/// Fields are dropped in order: vCPUs are stopped first (see `Drop`), then devices go, then windows and
+/// memory, then the VM.
+pub struct Machine {
+    running: Option<(Arc<Exits>, Vec<JoinHandle<()>>)>,
+    serial: [Arc<SerialPort>; 4],
+    root: Arc<PciRoot>,
+    windows: Vec<Arc<Window>>,
+    interrupts: Arc<Interrupts>,
+    slots: Arc<Slots>,
+    address_windows: AddressWindows,
+    on_stop: Arc<dyn Fn(StopReason) + Send + Sync>,
+    cpus: u8,
+    cpuid: CpuId,
+    vm: Arc<VmFd>,
+    kvm: Kvm,
+}
+
+impl Machine {
+    /// A machine with RAM, interrupt controllers and serial ports, without a kernel.
+    ///
+    /// # Errors
+    ///
+    /// What the host refused, and what to do about it.
+    pub fn new(kvm: Kvm, config: MachineConfig) -> Result<Self> {
+        let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).context("identity map")?;
+        vm.set_tss_address(layout::KVM_TSS).context("KVM_SET_TSS_ADDR")?;
+        vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+        let slots = Slots::new(vm.clone(), memory::allocate(&config.memory)?)?;
+        let cpuid = cpuid::supported(&kvm)?;
+        let mmio64 = layout::mmio64(config.memory.size, cpuid::address_bits(&cpuid));
+        let address_windows = AddressWindows { mmio32: layout::MMIO32, mmio64 };
+        let root = PciRoot::new(address_windows.clone());
+        let interrupts = Interrupts::new(vm.clone());
+        let mut ports = Vec::new();
+        for ((_, line), output) in layout::SERIAL.into_iter().zip(config.serial) {
+            let line = interrupts.line(line).context("serial interrupt")?;
+            ports.push(Arc::new(SerialPort::new(line, output)));
+        }
+        let serial = <[_; 4]>::try_from(ports).ok().context("four serial ports")?;
+        Ok(Self {
+            running: None,
+            serial,
+            root,
+            windows: Vec::new(),
+            interrupts,
+            slots,
+            address_windows,
+            on_stop: config.on_stop,
+            cpus: config.cpus,
+            cpuid,
+            vm,
+            kvm,
+        })
+    }
+
+    /// Adds a virtio-fs device that is served by `server`, with a DAX window if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When the guest's address space or the PCI bus has no room, or the host refuses.
+    pub fn add_fs(
+        &mut self,
+        config: FsConfig,
+        server: Arc<dyn Server>,
+        window: Option<Arc<Window>>,
+    ) -> Result<()> {
+        let slot = window.clone().map(|window| self.slots.window(window) as Arc<_>);
+        let device = FsDevice::new(config, server, slot);
+        let controller = MsiController(self.interrupts.clone());
+        let function = VirtioPci::new(Box::new(device), self.slots.memory().clone(), &controller)
+            .context("virtio-fs device")?;
+        self.root.add(function).context("virtio-fs device")?;
+        self.windows.extend(window);
+        Ok(())
+    }
+
+    /// COM`number`, from 1 to 4.
+    pub fn serial(&self, number: usize) -> &Arc<SerialPort> {
+        &self.serial[number.clamp(1, 4) - 1]
+    }
+
+    /// Loads `image` and runs the guest.
+    ///
+    /// # Errors
+    ///
+    /// When the image does not fit or the host refuses. The machine cannot be started again.
+    pub fn start(&mut self, image: &BootImage) -> Result<()> {
+        ensure!(self.running.is_none(), "the machine runs already");
+        let memory = self.slots.memory().memory();
+        let acpi = acpi::write_tables(&memory, self.cpus, &self.address_windows.mmio64)?;
+        let entry = image.load(&memory, acpi)?;
+        let mut vcpus = Vec::new();
+        for id in 0..self.cpus {
+            let vcpu = self.vm.create_vcpu(id.into()).context("KVM_CREATE_VCPU")?;
+            let cpuid = cpuid::for_cpu(&self.kvm, &self.cpuid, id, self.cpus)?;
+            vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;
+            registers::set_common_state(&vcpu)?;
+            vcpus.push(vcpu);
+        }
+        if let Some(boot) = vcpus.first() {
+            registers::set_boot_state(boot, &memory, entry)?;
+        }
+        let exits = Arc::new(self.exits()?);
+        let mut threads = Vec::new();
+        for (id, vcpu) in (0..).zip(vcpus) {
+            threads.push(vcpu::start(id, vcpu, exits.clone())?);
+        }
+        self.running = Some((exits, threads));
+        Ok(())
+    }
+
+    /// Both buses, with everybody on them.
+    fn exits(&self) -> Result<Exits> {
+        let mut ports = Bus::new();
+        for ((base, _), port) in layout::SERIAL.into_iter().zip(&self.serial) {
+            ports.attach(base.into(), serial::PORTS, port.clone())?;
+        }
+        let on_stop = self.on_stop.clone();
+        let power = Power::new(move |request| {
+            on_stop(match request {
+                PowerRequest::Off => StopReason::PowerOff,
+                PowerRequest::Reset => StopReason::Reset,
+            });
+        });
+        ports.attach(layout::POWER_PORTS.into(), power::PORTS, Arc::new(power))?;
+        ports.attach(layout::PCI_CONFIG_PORTS, 8, self.root.ports())?;
+
+        let mut mmio = Bus::new();
+        let ecam = layout::ECAM;
+        mmio.attach(ecam.start, ecam.end - ecam.start, self.root.ecam())?;
+        let AddressWindows { mmio32, mmio64 } = self.address_windows.clone();
+        for window in [mmio32, mmio64] {
+            if !window.is_empty() {
+                let len = window.end - window.start;
+                mmio.attach(window.start, len, self.root.mmio(window.start))?;
+            }
+        }
+        let on_stop = self.on_stop.clone();
+        Ok(Exits {
+            ports,
+            mmio,
+            windows: self.windows.clone(),
+            stop: Box::new(move |reason| on_stop(reason)),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// Stops the vCPUs. Idempotent; nothing of the guest runs afterwards.
+    pub fn stop(&mut self) {
+        if let Some((exits, threads)) = self.running.take() {
+            vcpu::stop(&exits, threads);
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,456 @@
+//! One sandbox from the command line to its exit status.
+
+mod plan;
+mod streams;
+mod terminal;
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use devices::dax::{DaxWindow, Window};
+use devices::fuse::Session;
+use devices::serial::SerialPort;
+use devices::share::{self, Share};
+use devices::virtio::fs::FsConfig;
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+use oriel_init::protocol::{Dax, FromGuest, FromHost};
+use rustix::process::Signal;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::plan::PlannedShare;
+use self::streams::{Console, Messages, Notifier, Output, Tail};
+use self::terminal::RawTerminal;
+use crate::cli::{Cache, ConsoleTarget, RunArgs, STATUS_SANDBOX, UsageError};
+use crate::machine::{Machine, MachineConfig, StopReason};
+use crate::{host, kernel};
+
+/// Which serial port carries what (see `oriel_init::protocol`).
+const CONSOLE_PORT: usize = 1;
+const COMMAND_PORT: usize = 2;
+const MESSAGE_PORT: usize = 4;
+
+/// A boot that takes longer than this shows that it goes on.
+const PROGRESS_AFTER: Duration = Duration::from_secs(2);
+/// As many times must the user ask before a command that does not end is ended with its sandbox.
+const PATIENCE: u32 = 3;
+/// Input is read from the user no faster than the guest takes it.
+const INPUT_AHEAD: usize = 64 << 10;
+const INPUT_PAUSE: Duration = Duration::from_millis(2);
+
+/// What the main thread waits for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A message of `oriel-init`.
+    Guest(FromGuest),
+    /// The guest cannot go on.
+    Stopped(StopReason),
+    /// Nobody reads the command's output any more.
+    OutputClosed,
+}
+
+/// Runs the sandbox that `args` describe and returns the exit status.
+///
+/// # Errors
+///
+/// When it could not be started, or broke down: one line that says why.
+pub fn run(args: &RunArgs) -> Result<u8> {
+    let shares = plan::shares(args)?;
+    let host_cpus = host::cpus();
+    if usize::from(args.cpus) > host_cpus {
+        bail!("--cpus {}: the host has {host_cpus}; give at most as many", args.cpus);
+    }
+    let (asked, total) = (args.memory.size >> 20, host::total_memory()? >> 20);
+    if asked > total {
+        bail!("--memory {asked}M: the host has {total}M in all; give less");
+    }
+    let kvm = host::open_kvm()?;
+    host::raise_open_file_limit();
+    // File modes are the guest's to choose; it has applied its own umask already.
+    rustix::process::umask(rustix::fs::Mode::empty());
+
+    let progress = Progress::start();
+    let image = plan::boot_image(args, kernel::find(args.kernel.as_deref(), !args.no_unpack)?, &shares)?;
+
+    let (sender, events) = channel();
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("eventfd")?);
+    let notifier = Notifier::new(sender, wake.clone());
+    let tail = Tail::default();
+    let stopped = notifier.clone();
+    let config = MachineConfig {
+        cpus: args.cpus,
+        memory: args.memory.clone(),
+        serial: [
+            Box::new(Console { target: console_target(args)?, tail: tail.clone() }),
+            Box::new(Output::new(duplicate(rustix::stdio::stdout())?, notifier.clone())),
+            Box::new(Output::new(duplicate(rustix::stdio::stderr())?, notifier.clone())),
+            Box::new(Messages::new(notifier)),
+        ],
+        on_stop: Arc::new(move |reason| stopped.send(Event::Stopped(reason))),
+    };
+    let mut machine = Machine::new(kvm, config)?;
+    let mut sessions = Vec::new();
+    for share in &shares {
+        let session = add_share(&mut machine, share, args.cpus)?;
+        sessions.push((share.tag.clone(), session));
+    }
+    let raw = args.tty.then(RawTerminal::enter).transpose()?;
+    machine.start(&image)?;
+    drop(image);
+
+    let foreign = args.initrd.is_some();
+    let messages = (!foreign).then(|| machine.serial(MESSAGE_PORT).clone());
+    let mut input = args.interactive.then(|| {
+        machine.serial(if foreign { CONSOLE_PORT } else { COMMAND_PORT }).clone()
+    });
+    // A foreign init says nothing when it is ready: its console takes input from the start.
+    if foreign && let Some(port) = input.take() {
+        forward_input(port, None)?;
+    }
+    let supervisor = Supervisor {
+        wake,
+        events,
+        signals: Signals::new()?,
+        messages,
+        input,
+        progress,
+        outcome: Outcome::default(),
+        terminal: args.tty,
+    };
+    let outcome = supervisor.wait()?;
+    machine.stop();
+    drop(raw);
+    let status = outcome.status(foreign, &tail);
+    if let Some(path) = &args.stats {
+        write_stats(path, &sessions)?;
+    }
+    status
+}
+
+/// Puts a virtio-fs device on the machine.
+fn add_share(machine: &mut Machine, share: &PlannedShare, cpus: u8) -> Result<Arc<Session>> {
+    let name = share.host.display();
+    let options = &share.options;
+    let window = match options.window {
+        0 => None,
+        size => {
+            let window = Window::new(size).with_context(|| {
+                format!("--share {name}: no address space for a window of {} MiB", size >> 20)
+            })?;
+            Some(Arc::new(window))
+        }
+    };
+    let served = share::Options {
+        read_only: options.read_only,
+        cache: match options.cache {
+            Cache::Never => share::Cache::Never,
+            Cache::Metadata => share::Cache::Metadata,
+            Cache::Auto => share::Cache::Auto,
+            Cache::Always => share::Cache::Always,
+        },
+        dax: match options.dax {
+            Dax::Never => share::Dax::Never,
+            Dax::Inode => share::Dax::Inode,
+            Dax::Always => share::Dax::Always,
+        },
+        ..Default::default()
+    };
+    let files = Share::open(&share.host, served).with_context(|| format!("--share {name}"))?;
+    let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
+    let session = Arc::new(Session::new(files, region));
+    let queues = options.queues.unwrap_or_else(|| cpus.into());
+    let config = FsConfig::new(&share.tag, queues)
+        .map_err(|error| UsageError(format!("--share {name}: {error}")))?;
+    machine.add_fs(config, session.clone(), window).with_context(|| {
+        format!(
+            "--share {name}: the guest has no room for a window of {} MiB; give it a smaller window=",
+            options.window >> 20
+        )
+    })?;
+    Ok(session)
+}
+
+fn duplicate(stream: impl AsFd) -> Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(stream, 3).context("a standard stream is closed")
+}
+
+fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
+    let default = if args.initrd.is_some() { ConsoleTarget::Stdout } else { ConsoleTarget::None };
+    Ok(match args.console.as_ref().unwrap_or(&default) {
+        ConsoleTarget::None => None,
+        ConsoleTarget::Stdout => Some(duplicate(rustix::stdio::stdout())?),
+        ConsoleTarget::Stderr => Some(duplicate(rustix::stdio::stderr())?),
+        ConsoleTarget::File(path) => {
+            let file = std::fs::File::create(path)
+                .with_context(|| format!("--console {}: cannot be written", path.display()))?;
+            Some(file.into())
+        }
+    })
+}
+
+/// Reads standard input on a thread of its own: it may be a file, which epoll does not take, and it may
+/// never end.
+fn forward_input(port: Arc<SerialPort>, messages: Option<Arc<SerialPort>>) -> Result<()> {
+    let forward = move || {
+        let mut bytes = 0;
+        let mut buffer = vec![0; 4096];
+        loop {
+            match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
+                Ok(0) | Err(rustix::io::Errno::IO) => break,
+                Ok(count) => {
+                    port.send(buffer.get(..count).unwrap_or_default());
+                    bytes += count as u64;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    log::warn!("standard input: {error}");
+                    break;
+                }
+            }
+            while port.queued() > INPUT_AHEAD {
+                std::thread::sleep(INPUT_PAUSE);
+            }
+        }
+        if let Some(messages) = messages {
+            tell(&messages, &FromHost::StdinEnd { bytes });
+        }
+    };
+    std::thread::Builder::new().name("stdin".into()).spawn(forward).context("input thread")?;
+    Ok(())
+}
+
+fn tell(port: &SerialPort, message: &FromHost) {
+    match serde_json::to_string(message) {
+        Ok(line) => port.send(format!("{line}\n").as_bytes()),
+        Err(error) => log::error!("message not sent: {error}"),
+    }
+}
+
+/// What is known of how the sandbox ended.
+#[derive(Default)]
+struct Outcome {
+    message: Option<FromGuest>,
+    reason: Option<StopReason>,
+    /// The user's signal that ended it from outside.
+    killed: Option<i32>,
+}
+
+impl Outcome {
+    fn status(&self, foreign: bool, tail: &Tail) -> Result<u8> {
+        if let Some(signal) = self.killed {
+            return Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(u8::MAX)));
+        }
+        match (&self.message, &self.reason) {
+            (Some(FromGuest::Exited { status }), _) => return Ok(*status),
+            (Some(FromGuest::Failed { message }), _) => bail!("{message}"),
+            (_, Some(StopReason::PowerOff)) if foreign => return Ok(0),
+            _ => {}
+        }
+        let text = tail.text();
+        if !foreign && !text.trim().is_empty() {
+            eprintln!("--- the end of the guest's console ---\n{}\n---", text.trim_end());
+        }
+        match &self.reason {
+            Some(StopReason::Crashed(what)) => bail!("the guest cannot go on: {what}"),
+            Some(StopReason::PowerOff) => bail!("the guest powered off before the command ended"),
+            Some(StopReason::Reset) => bail!(
+                "the guest reset itself (status {STATUS_SANDBOX}): a reboot, or a kernel that panicked; see \
+                 --console"
+            ),
+            None => bail!("the sandbox was left"),
+        }
+    }
+}
+
+/// The signals that are the user's to send, each a pipe that the event loop watches.
+struct Signals(Vec<(i32, UnixStream)>);
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let watched = [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT, Signal::WINCH];
+        let mut pipes = Vec::new();
+        for signal in watched.map(Signal::as_raw) {
+            let (reader, writer) = UnixStream::pair().context("signal pipe")?;
+            reader.set_nonblocking(true).context("signal pipe")?;
+            signal_hook::low_level::pipe::register(signal, writer).context("signal handler")?;
+            pipes.push((signal, reader));
+        }
+        Ok(Self(pipes))
+    }
+}
+
+/// Follows a running sandbox to its end.
+struct Supervisor {
+    wake: Arc<EventFd>,
+    events: Receiver<Event>,
+    signals: Signals,
+    /// COM4, when `oriel-init` is at its other end.
+    messages: Option<Arc<SerialPort>>,
+    /// Where standard input goes once the command is there to read it.
+    input: Option<Arc<SerialPort>>,
+    progress: Progress,
+    outcome: Outcome,
+    terminal: bool,
+}
+
+impl Supervisor {
+    fn wait(self) -> Result<Outcome> {
+        let mut manager = EventManager::<Box<Watch>>::new().context("event loop")?;
+        let watch = Box::new(Watch { supervisor: self, patience: PATIENCE, done: false });
+        let id = manager.add_subscriber(watch);
+        loop {
+            manager.run().context("event loop")?;
+            if manager.subscriber_mut(id).context("event loop")?.done {
+                break;
+            }
+        }
+        let watch = manager.remove_subscriber(id).context("event loop")?;
+        watch.supervisor.progress.finish();
+        Ok(watch.supervisor.outcome)
+    }
+}
+
+struct Watch {
+    supervisor: Supervisor,
+    patience: u32,
+    done: bool,
+}
+
+impl Watch {
+    fn handle(&mut self, event: Event) {
+        let supervisor = &mut self.supervisor;
+        match event {
+            Event::Guest(FromGuest::Started) => {
+                supervisor.progress.finish();
+                supervisor.outcome.message = Some(FromGuest::Started);
+                if let Some(port) = supervisor.input.take()
+                    && let Err(error) = forward_input(port, supervisor.messages.clone())
+                {
+                    log::error!("no standard input: {error:#}");
+                }
+                self.resize();
+            }
+            Event::Guest(message) => {
+                // The first word counts: nothing that the guest says later undoes it.
+                let ended = matches!(
+                    supervisor.outcome.message,
+                    Some(FromGuest::Exited { .. } | FromGuest::Failed { .. })
+                );
+                if !ended {
+                    supervisor.outcome.message = Some(message);
+                }
+            }
+            Event::Stopped(reason) => {
+                supervisor.outcome.reason.get_or_insert(reason);
+                self.done = true;
+            }
+            Event::OutputClosed => self.signal_guest(Signal::PIPE.as_raw()),
+        }
+    }
+
+    fn signal_guest(&self, number: i32) {
+        if let Some(port) = &self.supervisor.messages {
+            tell(port, &FromHost::Signal { number });
+        }
+    }
+
+    fn resize(&self) {
+        if let (true, Some(port), Some((rows, columns))) =
+            (self.supervisor.terminal, &self.supervisor.messages, terminal::size())
+        {
+            tell(port, &FromHost::Resize { rows, columns });
+        }
+    }
+
+    /// A signal goes to the command, once there is one. Without one, or when it does not end by it, it ends
+    /// the sandbox.
+    fn signal(&mut self, number: i32) {
+        if number == Signal::WINCH.as_raw() {
+            return self.resize();
+        }
+        let running = self.supervisor.outcome.message == Some(FromGuest::Started);
+        self.patience = self.patience.saturating_sub(1);
+        if running && self.patience > 0 {
+            self.signal_guest(number);
+        } else {
+            self.supervisor.outcome.killed = Some(number);
+            self.done = true;
+        }
+    }
+}
+
+impl MutEventSubscriber for Watch {
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        let source = events.fd();
+        let signals = &self.supervisor.signals.0;
+        let signal = signals.iter().find(|(_, pipe)| pipe.as_raw_fd() == source);
+        if let Some((number, pipe)) = signal {
+            let number = *number;
+            let mut bytes = [0; 64];
+            // Several of one signal are one.
+            let _ = rustix::io::read(pipe, &mut bytes);
+            return self.signal(number);
+        }
+        if let Err(error) = self.supervisor.wake.read() {
+            log::debug!("woken for nothing: {error}");
+        }
+        while let Ok(event) = self.supervisor.events.try_recv() {
+            self.handle(event);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let pipes = self.supervisor.signals.0.iter().map(|(_, pipe)| pipe.as_raw_fd());
+        let sources = pipes.chain([self.supervisor.wake.as_raw_fd()]);
+        for source in sources {
+            if let Err(error) = ops.add(Events::new_raw(source, EventSet::IN)) {
+                log::error!("event loop: {error:?}");
+            }
+        }
+    }
+}
+
+/// Says that a slow boot goes on, on a terminal only.
+struct Progress {
+    bar: ProgressBar,
+}
+
+impl Progress {
+    fn start() -> Self {
+        let bar = ProgressBar::no_length();
+        if let Ok(style) = ProgressStyle::with_template("{spinner} booting the sandbox ({elapsed})") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(PROGRESS_AFTER);
+        Self { bar }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// One object a share: tag, and what its session counted.
+fn write_stats(path: &std::path::Path, sessions: &[(String, Arc<Session>)]) -> Result<()> {
+    let shares: Vec<_> = sessions
+        .iter()
+        .map(|(tag, session)| {
+            let counters: serde_json::Map<_, _> = session
+                .counters()
+                .snapshot()
+                .into_iter()
+                .map(|(name, value)| (name.to_string(), value.into()))
+                .collect();
+            serde_json::json!({ "tag": tag, "counters": counters })
+        })
+        .collect();
+    let text = serde_json::to_string_pretty(&serde_json::json!({ "shares": shares }))?;
+    std::fs::write(path, text + "\n")
+        .with_context(|| format!("--stats {}: cannot be written", path.display()))
+}

@@ -1,0 +1,226 @@
+//! From the command line to what is on the machine and what its init does.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use oriel_init::initramfs;
+use oriel_init::protocol::{Config, Process, Root, Share};
+
+use crate::cli::{InitrdSource, RunArgs, ShareOptions, UsageError};
+use crate::kernel::{Assets, BootImage, Kernel};
+
+/// What every kernel is told. `panic=-1`: reset at once, which ends the sandbox, instead of hanging.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 8250.nr_uarts=4 random.trust_cpu=on";
+/// The environment of a container, as docker has it.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const ROOT_TAG: &str = "root";
+
+/// A directory of the host and the device that shows it.
+pub struct PlannedShare {
+    /// The host's directory, opened later; it exists.
+    pub host: PathBuf,
+    /// The device's tag.
+    pub tag: String,
+    /// How.
+    pub options: ShareOptions,
+}
+
+/// All shares: the root first, if there is one.
+///
+/// # Errors
+///
+/// Two equal tags; a directory that is not there or is not one.
+pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
+    let mut planned: Vec<PlannedShare> = Vec::new();
+    let root = args.root.iter().map(|root| ("--root", &root.host, &root.options, ROOT_TAG.to_string()));
+    let shares = args.shares.iter().enumerate();
+    let shares = shares
+        .map(|(index, share)| ("--share", &share.host, &share.options, format!("share{index}")));
+    for (option, host, options, default_tag) in root.chain(shares) {
+        let tag = options.tag.clone().unwrap_or(default_tag);
+        if planned.iter().any(|other| other.tag == tag) {
+            return Err(UsageError(format!(
+                "{option} {}: another share has the tag {tag:?}; name this one with tag=",
+                host.display()
+            ))
+            .into());
+        }
+        check_directory(host).with_context(|| format!("{option} {}", host.display()))?;
+        planned.push(PlannedShare { host: host.clone(), tag, options: options.clone() });
+    }
+    Ok(planned)
+}
+
+fn check_directory(path: &Path) -> Result<()> {
+    let metadata = std::fs::metadata(path).context("name a directory that exists and may be read")?;
+    if !metadata.is_dir() {
+        bail!("this is not a directory; name the directory that holds it");
+    }
+    Ok(())
+}
+
+/// What is loaded into the guest: kernel, initrd, command line.
+///
+/// # Errors
+///
+/// A missing file, named.
+pub fn boot_image(args: &RunArgs, kernel: Kernel, shares: &[PlannedShare]) -> Result<BootImage> {
+    let mut cmdline = CMDLINE.to_string();
+    let initrd = match &args.initrd {
+        None => own_initrd(args, &kernel, shares)?,
+        Some(InitrdSource::None) => {
+            if let Some(root) = args.root.is_some().then(|| shares.first()).flatten() {
+                let access = if root.options.read_only { "ro" } else { "rw" };
+                cmdline += &format!(" root={} rootfstype=virtiofs {access}", root.tag);
+                if root.options.window > 0 {
+                    cmdline += &format!(" rootflags={}", dax_option(root));
+                }
+            }
+            Vec::new()
+        }
+        Some(InitrdSource::File(path)) => {
+            let name = path.display();
+            std::fs::read(path).with_context(|| format!("--initrd {name}: cannot be read"))?
+        }
+    };
+    if !args.cmdline.is_empty() {
+        cmdline = format!("{cmdline} {}", args.cmdline);
+    }
+    Ok(BootImage { kernel: kernel.file, initrd, cmdline })
+}
+
+fn dax_option(share: &PlannedShare) -> &'static str {
+    use oriel_init::protocol::Dax;
+    match share.options.dax {
+        Dax::Never => "dax=never",
+        Dax::Inode => "dax=inode",
+        Dax::Always => "dax=always",
+    }
+}
+
+fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Result<Vec<u8>> {
+    let assets = Assets::find()?;
+    if args.root.is_none() && assets.busybox.is_none() {
+        bail!("there is no busybox for a guest without --root; run kernel-config/fetch, or give a --root");
+    }
+    let overlay = args.root.as_ref().is_some_and(|root| root.options.overlay);
+    let modules = match &kernel.modules {
+        // What nothing here needs is not loaded: each costs the guest time.
+        Some(directory) if overlay => initramfs::load_order(directory)?
+            .into_iter()
+            .filter(|module| module.starts_with("overlay"))
+            .collect(),
+        _ => Vec::new(),
+    };
+    let config = config(args, shares, modules);
+    let contents = initramfs::Contents {
+        init: &assets.init,
+        modules_dir: kernel.modules.as_deref(),
+        busybox: assets.busybox.as_deref().filter(|_| args.root.is_none()),
+        config: &config,
+    };
+    initramfs::build(&contents).context("initramfs")
+}
+
+fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Config {
+    let root = args.root.as_ref().map(|root| &root.options);
+    let share = |planned: &PlannedShare, path: &str| Share {
+        tag: planned.tag.clone(),
+        path: path.into(),
+        read_only: planned.options.read_only,
+        dax: planned.options.dax,
+    };
+    let mut planned = shares.iter();
+    let root = root.and_then(|options| {
+        let share = share(planned.next()?, "/");
+        Some(Root { share, overlay: options.overlay })
+    });
+    let shares = planned.zip(&args.shares).map(|(planned, arg)| share(planned, &arg.guest)).collect();
+    let args_or_shell = match args.command.as_slice() {
+        [] => vec!["sh".to_string()],
+        command => command.to_vec(),
+    };
+    let process = Process {
+        args: args_or_shell,
+        env: environment(args),
+        cwd: args.workdir.clone(),
+        user: args.user.clone(),
+        terminal: args.tty,
+        stdin: args.interactive,
+    };
+    Config { modules, root, shares, hostname: args.hostname.clone(), process }
+}
+
+/// The defaults, and over them what `--env` says: the last of a name counts.
+fn environment(args: &RunArgs) -> Vec<String> {
+    let mut env = vec![PATH.to_string(), format!("HOSTNAME={}", args.hostname)];
+    if args.tty {
+        let term = std::env::var("TERM").unwrap_or_else(|_| "xterm".into());
+        env.push(format!("TERM={term}"));
+    }
+    for entry in &args.env {
+        let entry = match entry.contains('=') {
+            true => entry.clone(),
+            false => match std::env::var(entry) {
+                Ok(value) => format!("{entry}={value}"),
+                // docker's: a name that the host does not have is not set.
+                Err(_) => continue,
+            },
+        };
+        let name = entry.split_inclusive('=').next().unwrap_or_default().to_string();
+        env.retain(|other| !other.starts_with(&name));
+        env.push(entry);
+    }
+    env
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Wrapper {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    fn args(words: &[&str]) -> RunArgs {
+        Wrapper::parse_from([&["run"], words].concat()).args
+    }
+
+    #[test]
+    fn tags_are_given_and_never_twice() {
+        let planned = shares(&args(&["--root", "/", "-v", "/tmp:/t", "-v", "/tmp:/u:tag=x"])).unwrap();
+        let tags: Vec<_> = planned.iter().map(|share| share.tag.as_str()).collect();
+        assert_eq!(tags, ["root", "share0", "x"]);
+        let error = shares(&args(&["-v", "/tmp:/t:tag=x", "-v", "/tmp:/u:tag=x"])).err().unwrap();
+        assert!(error.downcast_ref::<UsageError>().is_some(), "{error:#}");
+    }
+
+    #[test]
+    fn what_is_no_directory_is_named() {
+        for path in ["/nonexistent", "/etc/passwd"] {
+            let error = shares(&args(&["-v", &format!("{path}:/t")])).err().unwrap();
+            assert!(format!("{error:#}").contains(path), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn the_last_value_of_a_variable_counts() {
+        let env = environment(&args(&["-e", "A=1", "-e", "PATH=/x", "-e", "A=2", "-e", "NOT_SET_HERE"]));
+        assert_eq!(env, ["HOSTNAME=oriel", "PATH=/x", "A=2"]);
+    }
+
+    #[test]
+    fn the_config_names_what_the_guest_mounts() {
+        let args = args(&["--root", "/:overlay", "-v", "/tmp:/t:ro", "--", "ls", "-l"]);
+        let config = config(&args, &shares(&args).unwrap(), vec![]);
+        assert!(config.root.unwrap().overlay);
+        assert_eq!(config.shares.len(), 1);
+        assert!(config.shares[0].read_only);
+        assert_eq!(config.shares[0].path, "/t");
+        assert_eq!(config.process.args, ["ls", "-l"]);
+    }
+}
