@@ -18,3 +18,4 @@ pub mod bus;
 pub mod dax;
 pub mod memory;
 pub mod pci;
+mod sync;
