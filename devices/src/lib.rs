@@ -19,3 +19,4 @@ pub mod dax;
 pub mod memory;
 pub mod pci;
 mod sync;
+pub mod virtio;
