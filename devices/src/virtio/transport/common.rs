@@ -270,7 +270,10 @@ impl CommonConfiguration {
             Register::QueueEnable if value == 1 => match queue.rings.check(&self.memory.memory()) {
                 Ok(()) => queue.enabled = true,
                 Err(error) => {
-                    log::warn!("queue {select} cannot be enabled: {error}");
+                    // Once: the guest can try again as often as it likes.
+                    if !self.signals.is_broken() {
+                        log::warn!("queue {select} cannot be enabled: {error}");
+                    }
                     self.signals.needs_reset();
                 }
             },
