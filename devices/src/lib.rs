@@ -20,3 +20,7 @@ pub mod memory;
 pub mod pci;
 pub mod power;
 pub mod serial;
+
+pub mod virtio;
+
+mod sync;

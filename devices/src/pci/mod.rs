@@ -1,9 +1,22 @@
 //! PCI: the root complex, configuration space, BARs and MSI-X.
 
+pub mod configuration;
+pub mod msix;
+pub mod root;
+
+#[cfg(test)]
+pub(crate) mod testing;
+
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vm_memory::GuestAddress;
+
+use crate::sync::lock;
+
+pub use configuration::{Bar, BarKind, Configuration};
+pub use msix::Msix;
+pub use root::{AddressWindow, AddressWindows, PciAddress, PciRoot};
 
 /// What an MSI-X table entry says (PCI 3.0, 6.8.2): the write that the interrupt is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,4 +62,41 @@ pub trait WindowSlot: Send + Sync {
     /// When the range overlaps RAM or another window, or the host refuses. The window then stays where
     /// it was.
     fn place(&self, address: Option<GuestAddress>) -> io::Result<()>;
+}
+
+/// One function on the bus, as [`PciRoot`] sees it.
+///
+/// All methods are called by vCPU threads. Reads of the configuration space and accesses to BARs come from
+/// several threads at a time; writes to the configuration space come one at a time over the whole bus.
+pub trait PciFunction: Send + Sync {
+    /// The registers. The root places the BARs in them once, when the function is added, and looks after
+    /// every write where the guest has moved them; nobody may hold this lock while calling into the root
+    /// or a device.
+    fn configuration(&self) -> &Mutex<Configuration>;
+
+    /// The guest reads its configuration space. Override it where a read has an effect.
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        lock(self.configuration()).read(offset, data);
+    }
+
+    /// The guest writes its configuration space. Override it where a write has an effect beyond the
+    /// registers; decoding of BARs is the root's business.
+    fn write_config(&self, offset: u16, data: &[u8]) {
+        lock(self.configuration()).write(offset, data);
+    }
+
+    /// The guest reads `data.len()` bytes (1, 2, 4 or 8, not aligned in any way) at `offset` in a BAR. The
+    /// access is wholly inside. `data` is all ones before.
+    fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]);
+
+    /// The guest writes to a BAR; see [`read_bar`](Self::read_bar). The BAR may just have been moved by
+    /// another vCPU.
+    fn write_bar(&self, bar: usize, offset: u64, data: &[u8]);
+
+    /// The window that is visible through `bar`. Such a BAR has no registers: the root tells the window
+    /// where to be and routes no access to the function. Always the same answer.
+    fn window(&self, bar: usize) -> Option<Arc<dyn WindowSlot>> {
+        let _ = bar;
+        None
+    }
 }

@@ -1,0 +1,24 @@
+//! The file system device (5.11): queues and a window around a FUSE server.
+
+pub mod config;
+pub mod device;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use crate::memory::GuestBuffer;
+
+pub use config::{Config, ConfigError};
+pub use device::{FsDevice, Window};
+
+/// What answers the requests. Knows nothing of virtio.
+pub trait Server: Send + Sync {
+    /// Serves one request: reads a FUSE request, writes the reply, and says how many bytes it wrote; 0 for
+    /// a request that has no reply. Called by one thread per queue, several at a time. May block for as
+    /// long as the host's files do.
+    fn serve(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32;
+
+    /// Forgets the session: the driver has reset the device. No request is being served. Idempotent.
+    fn reset(&self);
+}
