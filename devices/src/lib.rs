@@ -16,5 +16,7 @@
 
 pub mod bus;
 pub mod dax;
+pub mod fuse;
 pub mod memory;
 pub mod pci;
+pub mod share;
