@@ -16,11 +16,12 @@
 
 pub mod bus;
 pub mod dax;
+pub mod fuse;
 pub mod memory;
 pub mod pci;
 pub mod power;
 pub mod serial;
-
+pub mod share;
 pub mod virtio;
 
 mod sync;

@@ -1,7 +1,11 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
+pub mod window;
+
 use std::io;
 use std::os::fd::BorrowedFd;
+
+pub use window::Window;
 
 /// The window as the FUSE server sees it (virtio 1.3, 5.11.6.4): where it lives in guest or host memory is
 /// not the server's business.

@@ -20,12 +20,12 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, ensure};
 use devices::bus::Bus;
-use devices::dax::Window;
-use devices::pci::{AddressWindows, PciRoot};
+use devices::dax::{DaxWindow, Window};
+use devices::pci::{AddressWindow, AddressWindows, PciRoot, root};
 use devices::power::{self, Power, PowerRequest};
 use devices::serial::{self, SerialPort};
-use devices::virtio::fs::{FsConfig, FsDevice, Server};
-use devices::virtio::transport::VirtioPci;
+use devices::virtio::VirtioPci;
+use devices::virtio::fs::{self, FsDevice, Server};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::GuestAddressSpace;
@@ -66,7 +66,7 @@ pub struct MachineConfig {
 pub struct Machine {
     running: Option<(Arc<Exits>, Vec<JoinHandle<()>>)>,
     serial: [Arc<SerialPort>; 4],
-    root: Arc<PciRoot>,
+    pci: Arc<PciRoot>,
     windows: Vec<Arc<Window>>,
     interrupts: Arc<Interrupts>,
     slots: Arc<Slots>,
@@ -93,7 +93,7 @@ impl Machine {
         let cpuid = cpuid::supported(&kvm)?;
         let mmio64 = layout::mmio64(config.memory.size, cpuid::address_bits(&cpuid));
         let address_windows = AddressWindows { mmio32: layout::MMIO32, mmio64 };
-        let root = PciRoot::new(address_windows.clone());
+        let pci = Arc::new(PciRoot::new(address_windows.clone()));
         let interrupts = Interrupts::new(vm.clone());
         let mut ports = Vec::new();
         for ((_, line), output) in layout::SERIAL.into_iter().zip(config.serial) {
@@ -104,7 +104,7 @@ impl Machine {
         Ok(Self {
             running: None,
             serial,
-            root,
+            pci,
             windows: Vec::new(),
             interrupts,
             slots,
@@ -124,16 +124,19 @@ impl Machine {
     /// When the guest's address space or the PCI bus has no room, or the host refuses.
     pub fn add_fs(
         &mut self,
-        config: FsConfig,
+        config: fs::Config,
         server: Arc<dyn Server>,
         window: Option<Arc<Window>>,
     ) -> Result<()> {
-        let slot = window.clone().map(|window| self.slots.window(window) as Arc<_>);
-        let device = FsDevice::new(config, server, slot);
+        let shown = window.as_ref().map(|window| fs::Window {
+            size: window.size(),
+            slot: self.slots.window(window.clone()),
+        });
+        let device = FsDevice::new(config, server, shown).context("virtio-fs device")?;
         let controller = MsiController(self.interrupts.clone());
-        let function = VirtioPci::new(Box::new(device), self.slots.memory().clone(), &controller)
+        let function = VirtioPci::new(Arc::new(device), self.slots.memory().clone(), &controller)
             .context("virtio-fs device")?;
-        self.root.add(function).context("virtio-fs device")?;
+        self.pci.add(Arc::new(function)).context("virtio-fs device")?;
         self.windows.extend(window);
         Ok(())
     }
@@ -187,16 +190,16 @@ impl Machine {
             });
         });
         ports.attach(layout::POWER_PORTS.into(), power::PORTS, Arc::new(power))?;
-        ports.attach(layout::PCI_CONFIG_PORTS, 8, self.root.ports())?;
+        ports.attach(layout::PCI_CONFIG_PORTS, root::PORT_COUNT, self.pci.ports())?;
 
         let mut mmio = Bus::new();
-        let ecam = layout::ECAM;
-        mmio.attach(ecam.start, ecam.end - ecam.start, self.root.ecam())?;
-        let AddressWindows { mmio32, mmio64 } = self.address_windows.clone();
-        for window in [mmio32, mmio64] {
-            if !window.is_empty() {
-                let len = window.end - window.start;
-                mmio.attach(window.start, len, self.root.mmio(window.start))?;
+        mmio.attach(layout::ECAM.start, root::ECAM_SIZE, self.pci.ecam())?;
+        let AddressWindows { mmio32, mmio64 } = &self.address_windows;
+        let windows = [(mmio32, AddressWindow::Mmio32), (mmio64, AddressWindow::Mmio64)];
+        for (range, window) in windows {
+            if !range.is_empty() {
+                let len = range.end - range.start;
+                mmio.attach(range.start, len, self.pci.mmio(window))?;
             }
         }
         let on_stop = self.on_stop.clone();

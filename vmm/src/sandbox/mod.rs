@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
 use devices::serial::SerialPort;
-use devices::share::{self, Share};
-use devices::virtio::fs::FsConfig;
+use devices::share::{self, CachePolicy, DaxPolicy, Share};
+use devices::virtio::fs;
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
 };
@@ -146,26 +146,25 @@ fn add_share(machine: &mut Machine, share: &PlannedShare, cpus: u8) -> Result<Ar
             Some(Arc::new(window))
         }
     };
-    let served = share::Options {
-        read_only: options.read_only,
-        cache: match options.cache {
-            Cache::Never => share::Cache::Never,
-            Cache::Metadata => share::Cache::Metadata,
-            Cache::Auto => share::Cache::Auto,
-            Cache::Always => share::Cache::Always,
-        },
-        dax: match options.dax {
-            Dax::Never => share::Dax::Never,
-            Dax::Inode => share::Dax::Inode,
-            Dax::Always => share::Dax::Always,
-        },
-        ..Default::default()
+    let mut served = share::Options::new(&share.host);
+    served.read_only = options.read_only;
+    served.xattr = true;
+    served.cache = match options.cache {
+        Cache::Never => CachePolicy::Never,
+        Cache::Metadata => CachePolicy::Metadata,
+        Cache::Auto => CachePolicy::Auto,
+        Cache::Always => CachePolicy::Always,
     };
-    let files = Share::open(&share.host, served).with_context(|| format!("--share {name}"))?;
+    served.dax = match options.dax {
+        Dax::Never => DaxPolicy::Never,
+        Dax::Inode => DaxPolicy::Inode,
+        Dax::Always => DaxPolicy::Always,
+    };
+    let files = Share::new(served).with_context(|| format!("--share {name}"))?;
     let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
-    let session = Arc::new(Session::new(files, region));
+    let session = Arc::new(Session::new(Arc::new(files), region));
     let queues = options.queues.unwrap_or_else(|| cpus.into());
-    let config = FsConfig::new(&share.tag, queues)
+    let config = fs::Config::new(&share.tag, queues)
         .map_err(|error| UsageError(format!("--share {name}: {error}")))?;
     machine.add_fs(config, session.clone(), window).with_context(|| {
         format!(

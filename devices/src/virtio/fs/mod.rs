@@ -22,3 +22,14 @@ pub trait Server: Send + Sync {
     /// Forgets the session: the driver has reset the device. No request is being served. Idempotent.
     fn reset(&self);
 }
+
+/// What a device usually stands in front of: one FUSE session.
+impl Server for crate::fuse::Session {
+    fn serve(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
+        self.serve(request, reply)
+    }
+
+    fn reset(&self) {
+        self.reset();
+    }
+}
