@@ -13,6 +13,11 @@ use crate::bus::BusDevice;
 /// Number of I/O ports of a 16550.
 pub const PORTS: u64 = 8;
 
+/// Modem control register.
+const MCR: u8 = 4;
+/// Request to send: the guest is ready to receive. Linux drops it when its buffers are full.
+const MCR_RTS: u8 = 1 << 1;
+
 /// An interrupt line: an eventfd that the machine has bound to an I/O APIC pin.
 struct Line(EventFd);
 
@@ -28,11 +33,15 @@ struct State {
     uart: Serial<Line, NoEvents, Box<dyn Write + Send>>,
     /// Input that the 16550's FIFO had no room for yet.
     pending: VecDeque<u8>,
+    request_to_send: bool,
 }
 
 impl State {
-    /// Moves pending input into the FIFO, which raises the interrupt.
+    /// Moves pending input into the FIFO, which raises the interrupt, while the guest asks for it.
     fn fill(&mut self) {
+        if !self.request_to_send {
+            return;
+        }
         let room = self.uart.fifo_capacity().min(self.pending.len());
         if room == 0 {
             return;
@@ -55,7 +64,7 @@ impl SerialPort {
     /// A port that interrupts through `line` and sends to `output`. Errors of `output` lose the byte.
     pub fn new(line: EventFd, output: Box<dyn Write + Send>) -> Self {
         let uart = Serial::new(Line(line), output);
-        Self { state: Mutex::new(State { uart, pending: VecDeque::new() }) }
+        Self { state: Mutex::new(State { uart, pending: VecDeque::new(), request_to_send: false }) }
     }
 
     /// Queues bytes for the guest to read. The caller bounds what it queues by what [`queued`](Self::queued)
@@ -87,8 +96,13 @@ impl BusDevice for SerialPort {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let (Ok(register), [byte]) = (u8::try_from(offset), data) else { return };
-        if let Err(error) = self.lock().uart.write(register, *byte) {
+        let mut state = self.lock();
+        if let Err(error) = state.uart.write(register, *byte) {
             log::debug!("serial output lost: {error:?}");
+        }
+        if register == MCR {
+            state.request_to_send = *byte & MCR_RTS != 0;
+            state.fill();
         }
     }
 }
@@ -133,6 +147,9 @@ mod tests {
         port.write(1, &[1]); // IER: received data available
         let input: Vec<u8> = (0..1000).map(|n| n as u8).collect();
         port.send(&input);
+        assert_eq!(port.queued(), input.len(), "the guest has not asked for it");
+        port.write(MCR.into(), &[MCR_RTS]);
+        assert!(port.queued() < input.len());
         assert!(port.queued() > 0);
         assert!(line.read().is_ok(), "interrupts");
         let mut received = Vec::new();

@@ -69,6 +69,10 @@ fn run(messages: &mut Port) -> Result<u8> {
         log(&format!("cannot set the loopback interface up: {error}"));
     }
     let ids = users::lookup(config.process.user.as_deref())?;
+    // Now, and not in the child: a failure there could not be told from the command's own.
+    let cwd = &config.process.cwd;
+    std::env::set_current_dir(cwd)
+        .with_context(|| format!("cannot enter the working directory {cwd}"))?;
 
     let (output, error) = (Port::open(1)?, Port::open(2)?);
     let control = Arc::new(Control::new().context("cannot create an eventfd")?);

@@ -138,7 +138,7 @@ fn set_size(terminal: &File, rows: u16, columns: u16) {
     }
 }
 
-/// Runs the command to its end and returns its status. All that it and its children wrote has left the guest
+/// Runs the command to its end, in the working directory of this process, and returns its status. All that it and its children wrote has left the guest
 /// then, and none of them is left.
 pub(crate) fn run(
     process: &Process,
@@ -150,10 +150,6 @@ pub(crate) fn run(
     let Some(name) = process.args.first() else {
         bail!("there is no command to run")
     };
-    // Now, and not in the child: a failure there could not be told from the command's own.
-    std::env::set_current_dir(&process.cwd)
-        .with_context(|| format!("cannot enter the working directory {}", process.cwd))?;
-
     let mut complaints = if process.terminal {
         output.try_clone()?
     } else {

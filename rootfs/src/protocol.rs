@@ -9,6 +9,11 @@
 //! | COM2 | `/dev/ttyS1` | the command's standard input and output (both, and standard error, with a terminal) |
 //! | COM3 | `/dev/ttyS2` | the command's standard error |
 //! | COM4 | `/dev/ttyS3` | [`FromHost`] and [`FromGuest`], one JSON object a line |
+//!
+//! The host sends nothing on COM2 and COM4 before [`FromGuest::Started`]: opening a port clears its receive
+//! FIFO. With a terminal, the size is to follow at once: `oriel-init` waits a moment for it. After that COM2's
+//! RTS is the guest's word that it can take input (where the host raises CTS): what is sent regardless may be
+//! lost once the guest's buffers are full.
 
 use serde::{Deserialize, Serialize};
 

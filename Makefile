@@ -1,0 +1,63 @@
+# What one types in this directory; `make help` lists it. Everything is cargo's or a script's: nothing happens
+# here that could not be typed.
+
+target  := x86_64-unknown-linux-gnu
+release := target/$(target)/release
+# Tests of the emulated machine mostly wait for it, but two guests at once are slower than one after another.
+jobs    ?= 2
+threads ?= 1
+
+PREFIX ?= /usr/local
+
+scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
+           kernel-config/modules.sh tests/with-kvm tests/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help build kernel demo test lint unit integration install tools
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
+		while IFS='|' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+
+build: tools ## build oriel and oriel-init (release, static) in target/x86_64-unknown-linux-gnu/release
+	cargo build --release -j$(jobs) -p oriel -p oriel-init
+
+kernel: ## fetch the distribution's kernel for guests, and a busybox
+	kernel-config/fetch
+
+demo: build kernel ## share a directory with a guest and look at it from both sides
+	tests/with-kvm tests/demo
+
+test: lint unit integration ## everything a change must pass
+
+lint: tools ## formatting, clippy, the scripts' syntax
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -j$(jobs) -- -D warnings
+	for script in $(scripts); do bash -n "$$script" || exit 1; done
+	if command -v shellcheck >/dev/null; then shellcheck -S warning -x $(scripts); fi
+
+unit: tools ## the tests that need no virtual machine
+	cargo test -j$(jobs) -p devices -p oriel -p oriel-init
+
+integration: build kernel ## the tests that boot guests: here if this machine can, else in an emulated one
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/with-kvm" \
+		cargo test -j$(jobs) -p integration -- --test-threads=$(threads)
+
+install: build ## install oriel and oriel-init below PREFIX (/usr/local)
+	install -D -m 0755 $(release)/oriel "$(DESTDIR)$(PREFIX)/bin/oriel"
+	install -D -m 0755 $(release)/oriel-init "$(DESTDIR)$(PREFIX)/bin/oriel-init"
+
+# cargo links with the system's C compiler, and statically: that takes libc.a.
+tools:
+	@command -v cargo >/dev/null || { echo "make: cargo is missing: install Rust (rustup.rs)" >&2; exit 1; }
+	@if ! { command -v cc >/dev/null && [ -e "$$(cc -print-file-name=libc.a)" ]; }; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "make: installing gcc and libc6-dev" >&2; \
+			apt-get -q update >/dev/null; \
+			DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends gcc libc6-dev >/dev/null; \
+		else \
+			echo "make: a C compiler and the static libc are missing: apt-get install gcc libc6-dev" \
+				"(Fedora: dnf install gcc glibc-static)" >&2; \
+			exit 1; \
+		fi; \
+	fi
