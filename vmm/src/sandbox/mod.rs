@@ -149,6 +149,8 @@ fn add_share(machine: &mut Machine, share: &PlannedShare, cpus: u8) -> Result<Ar
     let mut served = share::Options::new(&share.host);
     served.read_only = options.read_only;
     served.xattr = true;
+    // overlayfs refuses a lower directory that would be mounted on first use.
+    served.submounts = !options.overlay;
     served.cache = match options.cache {
         Cache::Never => CachePolicy::Never,
         Cache::Metadata => CachePolicy::Metadata,
