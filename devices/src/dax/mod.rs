@@ -1,7 +1,12 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
+mod table;
+pub mod window;
+
 use std::io;
 use std::os::fd::BorrowedFd;
+
+pub use window::Window;
 
 /// The window as the FUSE server sees it (virtio 1.3, 5.11.6.4): where it lives in guest or host memory is
 /// not the server's business.
@@ -40,6 +45,12 @@ pub trait DaxWindow: Send + Sync {
     ///
     /// `EINVAL` as for [`map`](Self::map).
     fn unmap(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// The guest is about to be told the size of a file. A window that has put something else in the place
+    /// of pages which a file had lost looks whether the file has them again: a guest touches pages only up
+    /// to the size that it was told. For any other window there is nothing to do. Called before most
+    /// replies, so it must cost nothing when nothing was lost.
+    fn file_may_have_grown(&self) {}
 
     /// Takes away everything: DESTROY, a device reset, a second INIT. Idempotent.
     fn clear(&self);
