@@ -16,5 +16,6 @@
 
 pub mod bus;
 pub mod dax;
+pub mod fuse;
 pub mod memory;
 pub mod pci;

@@ -1,0 +1,211 @@
+//! What the protocol asks of a file system.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+
+use super::abi::{
+    AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, IoctlIn, Kstatfs, LseekIn, OpenOut,
+    ReadIn, SetattrIn, StatxOut, WriteIn,
+};
+use super::errno::{Errno, Result};
+use super::reply::Payload;
+
+/// Who asks, and about what: the parts of the request's header that an operation may use.
+///
+/// All of it is what the guest says. `uid`, `gid` and `pid` are those of the guest's process; a guest that
+/// lies about them lies to itself, since it is the guest that decides who may do what in its share.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// The node the operation is on; for one with a name, the directory.
+    pub nodeid: u64,
+    /// User id of the process (of the guest's initial user namespace).
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Process id.
+    pub pid: u32,
+}
+
+/// What a file system wants of the session, asked at every INIT.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Preferences {
+    /// The guest may collect writes in its page cache.
+    pub writeback: bool,
+    /// Some files are opened with `FOPEN_DIRECT_IO`, and should be mappable all the same.
+    pub direct_io: bool,
+    /// Mount points below the root are to be told to the guest.
+    pub submounts: bool,
+    /// Files may be mapped through the window, if there is one.
+    pub dax: bool,
+    /// The file system clears suid and sgid as `HANDLE_KILLPRIV_V2` asks.
+    pub kill_privileges: bool,
+    /// READDIRPLUS exists.
+    pub readdirplus: bool,
+}
+
+/// One entry of a listing.
+#[derive(Clone, Copy, Debug)]
+pub struct Listing<'n> {
+    /// Inode number.
+    pub ino: u64,
+    /// The cookie that continues the listing after this entry.
+    pub next: u64,
+    /// `DT_*`.
+    pub kind: u8,
+    /// The name.
+    pub name: &'n CStr,
+}
+
+/// Takes the entries of a listing, as many as fit.
+pub trait DirectorySink {
+    /// Bytes that the reply has room for.
+    fn room(&self) -> usize;
+
+    /// Whether an entry with a name of `name_len` bytes still fits. What fits is taken by
+    /// [`add`](Self::add).
+    fn fits(&self, name_len: usize) -> bool;
+
+    /// Whether entries are to come with what a LOOKUP of them answers (READDIRPLUS).
+    fn plus(&self) -> bool;
+
+    /// Adds an entry that [`fits`](Self::fits). `entry` is there when the entry was looked up, which the
+    /// guest then has to FORGET; without one, READDIRPLUS says only that there is such a name.
+    fn add(&mut self, listing: &Listing<'_>, entry: Option<&EntryOut>);
+}
+
+/// The answer of GETXATTR and LISTXATTR.
+#[derive(Debug, PartialEq, Eq)]
+pub enum XattrReply {
+    /// The caller asked with size 0: the value's length.
+    Size(u32),
+    /// The value.
+    Value(Vec<u8>),
+}
+
+/// A file system behind a session.
+///
+/// Every method may be called from any thread, and many at once, with any argument: node ids and file
+/// handles are whatever the guest sent, and are refused with `ENOENT`, `ESTALE` or `EBADF` when they are not
+/// ones that were given out and are still alive. Names were checked: one component, neither `.` nor `..`.
+/// Flags, modes, sizes and offsets were not.
+///
+/// A method that answers an [`EntryOut`] with a node id other than 0 has counted one lookup of that node,
+/// which the guest gives back by [`forget`](Self::forget).
+///
+/// What is not implemented answers `ENOSYS`; the Linux guest then mostly does without for good.
+pub trait FileSystem: Send + Sync {
+    /// What to negotiate.
+    fn preferences(&self) -> Preferences;
+
+    /// A session begins or ends: drops every node but the root, and every handle. Node ids and handles that
+    /// were given out before are never valid again. Requests may still be running; what they hold goes when
+    /// they end. Idempotent.
+    fn clear(&self);
+
+    /// LOOKUP.
+    fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut>;
+    /// FORGET and BATCH_FORGET: gives back `count` lookups of a node. Too many, or of no node, is no error.
+    fn forget(&self, nodeid: u64, count: u64);
+    /// GETATTR.
+    fn getattr(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut>;
+    /// STATX.
+    fn statx(&self, _caller: Caller, _fh: Option<u64>, _mask: u32) -> Result<StatxOut> {
+        Err(Errno::NOSYS)
+    }
+    /// SETATTR.
+    fn setattr(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut>;
+    /// ACCESS.
+    fn access(&self, caller: Caller, mask: u32) -> Result<()>;
+    /// READLINK: the target, without a NUL.
+    fn readlink(&self, caller: Caller) -> Result<Vec<u8>>;
+
+    /// SYMLINK. The target is any string; it is never resolved here.
+    fn symlink(&self, caller: Caller, name: &CStr, target: &CStr) -> Result<EntryOut>;
+    /// MKNOD.
+    fn mknod(&self, caller: Caller, name: &CStr, mode: u32, rdev: u32) -> Result<EntryOut>;
+    /// MKDIR.
+    fn mkdir(&self, caller: Caller, name: &CStr, mode: u32) -> Result<EntryOut>;
+    /// UNLINK.
+    fn unlink(&self, caller: Caller, name: &CStr) -> Result<()>;
+    /// RMDIR.
+    fn rmdir(&self, caller: Caller, name: &CStr) -> Result<()>;
+    /// RENAME (flags 0) and RENAME2.
+    fn rename(
+        &self,
+        caller: Caller,
+        name: &CStr,
+        new_directory: u64,
+        new_name: &CStr,
+        flags: u32,
+    ) -> Result<()>;
+    /// LINK: `nodeid` under a further name in the caller's directory.
+    fn link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut>;
+
+    /// OPEN. `fuse_flags` are `FUSE_OPEN_*`.
+    fn open(&self, caller: Caller, flags: u32, fuse_flags: u32) -> Result<OpenOut>;
+    /// CREATE.
+    fn create(
+        &self,
+        caller: Caller,
+        name: &CStr,
+        request: &CreateIn,
+    ) -> Result<(EntryOut, OpenOut)>;
+    /// TMPFILE: a file without a name in the caller's directory.
+    fn tmpfile(&self, _caller: Caller, _request: &CreateIn) -> Result<(EntryOut, OpenOut)> {
+        Err(Errno::NOSYS)
+    }
+    /// READ: fills `target` and says how many bytes came.
+    fn read(&self, caller: Caller, request: &ReadIn, target: Payload<'_, '_>) -> Result<usize>;
+    /// WRITE: stores `source` and says how many bytes went.
+    fn write(&self, caller: Caller, request: &WriteIn, source: Payload<'_, '_>) -> Result<usize>;
+    /// FLUSH: one descriptor of an open file was closed.
+    fn flush(&self, caller: Caller, fh: u64) -> Result<()>;
+    /// RELEASE: the last one was.
+    fn release(&self, caller: Caller, fh: u64) -> Result<()>;
+    /// FSYNC.
+    fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()>;
+    /// FALLOCATE.
+    fn fallocate(&self, caller: Caller, request: &FallocateIn) -> Result<()>;
+    /// LSEEK: the resulting offset.
+    fn lseek(&self, caller: Caller, request: &LseekIn) -> Result<u64>;
+    /// COPY_FILE_RANGE: how many bytes were copied.
+    fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u32>;
+    /// IOCTL: what goes back to the caller, at most `out_size` bytes.
+    fn ioctl(&self, _caller: Caller, _request: &IoctlIn, _input: &[u8]) -> Result<Vec<u8>> {
+        Err(Errno::NOTTY)
+    }
+
+    /// OPENDIR.
+    fn opendir(&self, caller: Caller, flags: u32) -> Result<OpenOut>;
+    /// READDIR and READDIRPLUS from cookie `offset`. An empty reply is the end of the directory; `EINVAL`
+    /// when there is an entry left and no room even for that one.
+    fn readdir(
+        &self,
+        caller: Caller,
+        fh: u64,
+        offset: u64,
+        sink: &mut dyn DirectorySink,
+    ) -> Result<()>;
+    /// RELEASEDIR.
+    fn releasedir(&self, caller: Caller, fh: u64) -> Result<()>;
+    /// FSYNCDIR.
+    fn fsyncdir(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()>;
+
+    /// STATFS.
+    fn statfs(&self, caller: Caller) -> Result<Kstatfs>;
+    /// SYNCFS.
+    fn syncfs(&self, caller: Caller) -> Result<()>;
+
+    /// SETXATTR.
+    fn setxattr(&self, caller: Caller, name: &CStr, value: &[u8], flags: u32) -> Result<()>;
+    /// GETXATTR. `size` 0 asks for the length.
+    fn getxattr(&self, caller: Caller, name: &CStr, size: u32) -> Result<XattrReply>;
+    /// LISTXATTR. `size` 0 asks for the length.
+    fn listxattr(&self, caller: Caller, size: u32) -> Result<XattrReply>;
+    /// REMOVEXATTR.
+    fn removexattr(&self, caller: Caller, name: &CStr) -> Result<()>;
+
+    /// SETUPMAPPING: the caller's node, a regular file, opened for reading and, when the mapping is
+    /// `writable`, for writing. The authority is the node id; no handle counts.
+    fn open_for_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd>;
+}

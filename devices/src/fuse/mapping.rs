@@ -1,0 +1,178 @@
+//! SETUPMAPPING and REMOVEMAPPING (virtio 1.3, section 5.11.6.4): files in the DAX window.
+//!
+//! What the Linux guest does (fs/fuse/dax.c): always 2 MiB at a time, by node id with `fh = -1`, often past
+//! the end of the file; a read-only range becomes writable by a second SETUPMAPPING over it; an unmount takes
+//! nothing away, so the session does.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use smallvec::SmallVec;
+
+use super::abi::{
+    RemovemappingIn, RemovemappingOne, SETUPMAPPING_READ, SETUPMAPPING_WRITE, SetupmappingIn,
+};
+use super::counters::Counters;
+use super::errno::{Errno, Result};
+use super::filesystem::{Caller, FileSystem};
+use super::request::Decoder;
+use crate::dax::DaxWindow;
+
+/// Granularity of offsets and lengths, in bytes: that which INIT names as `map_alignment`.
+const PAGE: u64 = 4096;
+
+/// What was mapped by one SETUPMAPPING, remembered for the counters.
+struct Mapped {
+    len: u64,
+    nodeid: u64,
+    foffset: u64,
+    writable: bool,
+}
+
+#[derive(Default)]
+struct State {
+    /// Goes up when a session begins or ends. A request that was under way then maps nothing any more.
+    epoch: u64,
+    /// By offset in the window. Never more than one entry a page of the window.
+    live: BTreeMap<u64, Mapped>,
+}
+
+impl State {
+    fn drop_range(&mut self, from: u64, to: u64) {
+        while let Some((at, _)) = self.live.range(from..to).next() {
+            let at = *at;
+            self.live.remove(&at);
+        }
+    }
+}
+
+/// The window of a session.
+pub(super) struct Mappings {
+    window: Arc<dyn DaxWindow>,
+    // Held while the window changes, so that nothing is mapped behind a `clear`. Taken last: no other lock
+    // is taken under it but the window's own.
+    state: Mutex<State>,
+}
+
+impl Mappings {
+    pub(super) fn new(window: Arc<dyn DaxWindow>) -> Self {
+        Self {
+            window,
+            state: Mutex::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes everything away.
+    pub(super) fn clear(&self, counters: &Counters) {
+        let mut state = self.state();
+        state.epoch += 1;
+        state.live.clear();
+        counters.dax_live.store(0, Relaxed);
+        self.window.clear();
+    }
+
+    /// See [`DaxWindow::file_may_have_grown`].
+    pub(super) fn file_may_have_grown(&self) {
+        self.window.file_may_have_grown();
+    }
+
+    /// A range of the guest's, checked: whole pages, not empty, inside the window. Its end.
+    fn check(&self, offset: u64, len: u64) -> Result<u64> {
+        let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
+        let whole = offset.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
+        if len == 0 || !whole || end > self.window.size() {
+            return Err(Errno::INVAL);
+        }
+        Ok(end)
+    }
+
+    /// SETUPMAPPING.
+    pub(super) fn setup(
+        &self,
+        fs: &dyn FileSystem,
+        caller: Caller,
+        request: &SetupmappingIn,
+        counters: &Counters,
+    ) -> Result<()> {
+        let writable = match request.flags {
+            SETUPMAPPING_READ => false,
+            flags if flags == SETUPMAPPING_READ | SETUPMAPPING_WRITE => true,
+            _ => return Err(Errno::INVAL),
+        };
+        let end = self.check(request.moffset, request.len)?;
+        let file_end = request.foffset.checked_add(request.len);
+        if !request.foffset.is_multiple_of(PAGE)
+            || file_end.is_none_or(|file_end| file_end > i64::MAX as u64)
+        {
+            return Err(Errno::INVAL);
+        }
+        let epoch = self.state().epoch;
+        // Opening may block (a network file system), so it is done outside the lock.
+        let file = fs.open_for_mapping(caller, writable)?;
+        let mut state = self.state();
+        if state.epoch != epoch {
+            return Err(Errno::IO);
+        }
+        self.window.map(
+            request.moffset,
+            request.len,
+            file.as_fd(),
+            request.foffset,
+            writable,
+        )?;
+        let upgrade = state.live.get(&request.moffset).is_some_and(|before| {
+            writable
+                && !before.writable
+                && before.len == request.len
+                && before.nodeid == caller.nodeid
+                && before.foffset == request.foffset
+        });
+        state.drop_range(request.moffset, end);
+        state.live.insert(
+            request.moffset,
+            Mapped {
+                len: request.len,
+                nodeid: caller.nodeid,
+                foffset: request.foffset,
+                writable,
+            },
+        );
+        counters.dax_live.store(state.live.len() as u64, Relaxed);
+        drop(state);
+        Counters::add(&counters.dax_setups, 1);
+        Counters::add(&counters.dax_upgrades, usize::from(upgrade));
+        Ok(())
+    }
+
+    /// REMOVEMAPPING: every range is checked before any is taken away.
+    pub(super) fn remove(&self, decoder: &mut Decoder<'_>, counters: &Counters) -> Result<()> {
+        let count = decoder.take::<RemovemappingIn>()?.count;
+        let mut ranges: SmallVec<[RemovemappingOne; 16]> = SmallVec::new();
+        if count == 0 {
+            return Err(Errno::INVAL);
+        }
+        for _ in 0..count {
+            // Ends at the end of the body at the latest, whatever the count says.
+            let one: RemovemappingOne = decoder.take()?;
+            self.check(one.moffset, one.len)?;
+            ranges.push(one);
+        }
+        let mut state = self.state();
+        for one in &ranges {
+            self.window.unmap(one.moffset, one.len)?;
+            // `check` saw that this does not wrap.
+            let end = one.moffset.saturating_add(one.len);
+            state.drop_range(one.moffset, end);
+        }
+        counters.dax_live.store(state.live.len() as u64, Relaxed);
+        drop(state);
+        Counters::add(&counters.dax_removes, ranges.len());
+        Ok(())
+    }
+}
