@@ -19,3 +19,4 @@ pub mod dax;
 pub mod fuse;
 pub mod memory;
 pub mod pci;
+pub mod share;

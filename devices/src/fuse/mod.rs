@@ -25,3 +25,6 @@ pub use errno::{Errno, Result};
 pub use filesystem::{Caller, DirectorySink, FileSystem, Listing, Preferences, XattrReply};
 pub use reply::Payload;
 pub use session::Session;
+
+#[cfg(test)]
+pub(crate) mod testing;

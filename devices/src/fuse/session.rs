@@ -160,3 +160,7 @@ impl Session {
         Ok(len)
     }
 }
+
+#[cfg(test)]
+#[path = "session_test.rs"]
+mod tests;

@@ -1,0 +1,272 @@
+//! Attributes: what a file says of itself, and SETATTR.
+
+use rustix::fs::{
+    AtFlags, Gid, Mode, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmodat, chownat,
+    ftruncate, utimensat,
+};
+
+use super::identity::WithoutFsetid;
+use super::inode::Inode;
+use super::{DaxPolicy, ITSELF, Share, host};
+use crate::fuse::abi::{self, ATTR_DAX, Attr, AttrOut, SetattrIn, SetattrValid, StatxOut, SxTime};
+use crate::fuse::{Caller, Errno, Result};
+
+impl Share {
+    /// Whether a file is to be mapped through the window: the one place that decides, so that LOOKUP,
+    /// GETATTR, SETATTR, READDIRPLUS and CREATE say the same. (A guest drops what it knows of a file when
+    /// the answer changes.)
+    pub(super) fn is_dax(&self, mode: u32) -> bool {
+        if mode & libc::S_IFMT != libc::S_IFREG {
+            return false;
+        }
+        match self.options.dax {
+            DaxPolicy::Never => false,
+            DaxPolicy::Always => true,
+            // A write through the window reaches the host as a page fault, by which no kernel clears suid
+            // and sgid. Such files are written by WRITE.
+            DaxPolicy::Inode => mode & (libc::S_ISUID | libc::S_ISGID) == 0,
+        }
+    }
+
+    /// The attributes as FUSE has them. `flags` is what comes on top of [`ATTR_DAX`].
+    pub(super) fn attr(&self, stat: &Statx, flags: u32) -> Attr {
+        let mode = u32::from(stat.stx_mode);
+        Attr {
+            ino: stat.stx_ino,
+            size: stat.stx_size,
+            blocks: stat.stx_blocks,
+            // Seconds before 1970 are negative, and the kernel reads them so.
+            atime: stat.stx_atime.tv_sec as u64,
+            mtime: stat.stx_mtime.tv_sec as u64,
+            ctime: stat.stx_ctime.tv_sec as u64,
+            atimensec: stat.stx_atime.tv_nsec,
+            mtimensec: stat.stx_mtime.tv_nsec,
+            ctimensec: stat.stx_ctime.tv_nsec,
+            mode,
+            nlink: stat.stx_nlink,
+            uid: stat.stx_uid,
+            gid: stat.stx_gid,
+            rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
+            blksize: stat.stx_blksize,
+            flags: flags | if self.is_dax(mode) { ATTR_DAX } else { 0 },
+        }
+    }
+
+    fn attr_out(&self, inode: &Inode) -> Result<AttrOut> {
+        let timeout = self.options.timeout();
+        Ok(AttrOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            dummy: 0,
+            attr: self.attr(&host::stat(inode)?, 0),
+        })
+    }
+
+    /// The node of a request that may name a handle, which then has to be one of that node.
+    fn node(&self, caller: Caller, fh: Option<u64>) -> Result<std::sync::Arc<Inode>> {
+        let inode = self.inodes.get(caller.nodeid)?;
+        if let Some(fh) = fh {
+            self.handles.get(caller.nodeid, fh)?;
+        }
+        Ok(inode)
+    }
+
+    pub(super) fn get_attributes(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
+        self.attr_out(&*self.node(caller, fh)?)
+    }
+
+    /// STATX: attributes and the birth time. The mask of the request is a wish; all that the host has is
+    /// answered.
+    pub(super) fn get_statx(&self, caller: Caller, fh: Option<u64>) -> Result<StatxOut> {
+        let inode = self.node(caller, fh)?;
+        let stat = host::stat(&*inode)?;
+        let timeout = self.options.timeout();
+        // STATX_BASIC_STATS and STATX_BTIME, the fields that fuse_statx has.
+        let known = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
+        Ok(StatxOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            stat: abi::Statx {
+                mask: stat.stx_mask & known,
+                blksize: stat.stx_blksize,
+                // Attributes such as "immutable" are the host's affair; "mount root" would be a lie here.
+                nlink: stat.stx_nlink,
+                uid: stat.stx_uid,
+                gid: stat.stx_gid,
+                mode: stat.stx_mode,
+                ino: stat.stx_ino,
+                size: stat.stx_size,
+                blocks: stat.stx_blocks,
+                atime: sx_time(stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
+                btime: sx_time(stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec),
+                ctime: sx_time(stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+                mtime: sx_time(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+                rdev_major: stat.stx_rdev_major,
+                rdev_minor: stat.stx_rdev_minor,
+                dev_major: stat.stx_dev_major,
+                dev_minor: stat.stx_dev_minor,
+                ..abi::Statx::default()
+            },
+            ..StatxOut::default()
+        })
+    }
+
+    pub(super) fn set_attributes(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
+        // What is not known is not done, and must not look done.
+        let valid = SetattrValid::from_bits(change.valid).ok_or(Errno::INVAL)?;
+        let inode = self.inodes.get(caller.nodeid)?;
+        self.check_writable()?;
+        let handle = match valid.contains(SetattrValid::FH) {
+            true => Some(self.handles.get(caller.nodeid, change.fh)?),
+            false => None,
+        };
+        // All of it is checked before any of it is done.
+        let owner = owner(valid, change)?;
+        let times = timestamps(valid, change)?;
+        if valid.contains(SetattrValid::SIZE) {
+            if change.size > i64::MAX as u64 {
+                return Err(Errno::FBIG);
+            }
+            if !inode.is_regular() {
+                return Err(if inode.is_directory() {
+                    Errno::ISDIR
+                } else {
+                    Errno::INVAL
+                });
+            }
+        }
+
+        // The owner before the mode: changing it clears suid and sgid, which the mode may have set anew.
+        if let Some((uid, gid)) = owner {
+            chownat(&*inode, c"", uid, gid, ITSELF)?;
+        }
+        if valid.contains(SetattrValid::MODE) {
+            if inode.kind == libc::S_IFLNK {
+                return Err(Errno::OPNOTSUPP);
+            }
+            let mode = Mode::from_raw_mode(change.mode & 0o7777);
+            self.host.by_path(&*inode, |proc_fd, path| {
+                chmodat(proc_fd, path, mode, AtFlags::empty())
+            })?;
+        }
+        if valid.contains(SetattrValid::SIZE) {
+            let _kill = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
+            // A handle that is open for writing may do what the mode no longer allows.
+            match handle.as_deref().map(|handle| handle.file()) {
+                Some(Ok(file)) if file.writable => ftruncate(&file.fd, change.size)?,
+                _ => {
+                    let file = self.host.reopen(&*inode, rustix::fs::OFlags::WRONLY)?;
+                    ftruncate(file, change.size)?;
+                }
+            }
+        }
+        if let Some(times) = times {
+            self.host.by_path(&*inode, |proc_fd, path| {
+                utimensat(proc_fd, path, &times, AtFlags::empty())
+            })?;
+        }
+        self.attr_out(&inode)
+    }
+
+    /// ACCESS, by the mode bits. The Linux guest of a virtio-fs share decides this itself
+    /// (`default_permissions`) and does not ask.
+    pub(super) fn check_access(&self, caller: Caller, mask: u32) -> Result<()> {
+        let inode = self.inodes.get(caller.nodeid)?;
+        let wanted = mask & 0o7;
+        if wanted != mask {
+            return Err(Errno::INVAL);
+        }
+        if wanted & libc::W_OK as u32 != 0 {
+            self.check_writable()?;
+        }
+        let stat = host::stat(&*inode)?;
+        let mode = u32::from(stat.stx_mode);
+        let execute = libc::X_OK as u32;
+        let allowed = if caller.uid == 0 {
+            // Root reads and writes all, and executes what anybody may execute.
+            let anybody = mode & 0o111 != 0 || inode.is_directory();
+            if anybody { 0o7 } else { 0o7 & !execute }
+        } else if caller.uid == stat.stx_uid {
+            mode >> 6
+        } else if caller.gid == stat.stx_gid {
+            mode >> 3
+        } else {
+            mode
+        };
+        if wanted & !allowed == 0 {
+            Ok(())
+        } else {
+            Err(Errno::ACCES)
+        }
+    }
+
+    /// # Errors
+    ///
+    /// `EROFS` for a read-only share.
+    pub(super) fn check_writable(&self) -> Result<()> {
+        if self.options.read_only {
+            Err(Errno::ROFS)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// A device number as the kernel reads it (`new_decode_dev`, linux/kdev_t.h).
+fn encode_device(major: u32, minor: u32) -> u32 {
+    (minor & 0xff) | ((major & 0xfff) << 8) | ((minor & !0xff) << 12)
+}
+
+fn sx_time(tv_sec: i64, tv_nsec: u32) -> SxTime {
+    SxTime {
+        tv_sec,
+        tv_nsec,
+        reserved: 0,
+    }
+}
+
+type Owner = (Option<Uid>, Option<Gid>);
+
+/// The owner and group to set. An id of all ones is none: chown(2) takes it for "leave it".
+fn owner(valid: SetattrValid, change: &SetattrIn) -> Result<Option<Owner>> {
+    let id = |flag, id: u32| match valid.contains(flag) {
+        true if id == u32::MAX => Err(Errno::INVAL),
+        true => Ok(Some(id)),
+        false => Ok(None),
+    };
+    let uid = id(SetattrValid::UID, change.uid)?;
+    let gid = id(SetattrValid::GID, change.gid)?;
+    if uid.is_none() && gid.is_none() {
+        return Ok(None);
+    }
+    Ok(Some((uid.map(Uid::from_raw), gid.map(Gid::from_raw))))
+}
+
+/// The times to set; the ctime is the host's affair.
+fn timestamps(valid: SetattrValid, change: &SetattrIn) -> Result<Option<Timestamps>> {
+    let time = |set, now, seconds: u64, nanoseconds: u32| {
+        let tv_nsec = if valid.contains(now) {
+            UTIME_NOW
+        } else if !valid.contains(set) {
+            UTIME_OMIT
+        } else if nanoseconds < 1_000_000_000 {
+            nanoseconds.into()
+        } else {
+            return Err(Errno::INVAL);
+        };
+        Ok(Timespec {
+            tv_sec: seconds as i64,
+            tv_nsec,
+        })
+    };
+    use SetattrValid as V;
+    let last_access = time(V::ATIME, V::ATIME_NOW, change.atime, change.atimensec)?;
+    let last_modification = time(V::MTIME, V::MTIME_NOW, change.mtime, change.mtimensec)?;
+    if !valid.intersects(V::ATIME | V::ATIME_NOW | V::MTIME | V::MTIME_NOW) {
+        return Ok(None);
+    }
+    Ok(Some(Timestamps {
+        last_access,
+        last_modification,
+    }))
+}

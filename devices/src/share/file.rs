@@ -1,0 +1,281 @@
+//! Open files: data in and out.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek};
+
+use super::identity::WithoutFsetid;
+use super::{CachePolicy, Share};
+use crate::fuse::abi::{
+    CopyFileRangeIn, FOPEN_CACHE_DIR, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FallocateIn, IoctlIn,
+    Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn,
+};
+use crate::fuse::{Caller, Errno, Payload, Result};
+
+/// The most that one COPY_FILE_RANGE copies, in bytes: a request must end some time, and the guest asks
+/// again for the rest.
+const COPY_MAX: u64 = 64 << 20;
+
+/// `FS_IOC_GETFLAGS` of linux/fs.h, whose argument is an `int` whatever its number says.
+const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
+
+impl Share {
+    /// From the guest's open flags to those for the host: an allow-list.
+    ///
+    /// Left out, and why:
+    /// - `O_DIRECT`: the host would refuse buffers and offsets that are not aligned to its disk's blocks,
+    ///   which the guest cannot know of. The guest's own O_DIRECT passes the guest's cache by in any case;
+    ///   what is left is one cache, the host's, and any alignment works.
+    /// - `O_APPEND`: see [`write_file`](Self::write_file).
+    /// - `O_CREAT`, `O_EXCL`, `O_NOFOLLOW`, `O_DIRECTORY`: about names, and there is none here.
+    /// - `O_PATH`, `O_TMPFILE`: would make it something else than an open file.
+    /// - `O_NOATIME`, `O_NONBLOCK`, `O_NOCTTY`, `O_ASYNC`: the guest's own affair, or without meaning.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for no known access mode, `EROFS` for any that changes a read-only share.
+    pub(super) fn open_flags(&self, flags: u32) -> Result<OFlags> {
+        let flags = OFlags::from_bits_retain(flags);
+        let mode = flags & OFlags::ACCMODE;
+        if mode != OFlags::RDONLY && mode != OFlags::WRONLY && mode != OFlags::RDWR {
+            return Err(Errno::INVAL);
+        }
+        if mode != OFlags::RDONLY || flags.contains(OFlags::TRUNC) {
+            self.check_writable()?;
+        }
+        let allowed = OFlags::ACCMODE | OFlags::TRUNC | OFlags::SYNC | OFlags::DSYNC;
+        Ok(flags & allowed)
+    }
+
+    /// The flags for a file that is being made, from those of [`open_flags`](Self::open_flags).
+    pub(super) fn creation_flags(&self, flags: OFlags) -> OFlags {
+        let flags = flags - OFlags::TRUNC;
+        if flags & OFlags::ACCMODE == OFlags::WRONLY && self.options.writeback() {
+            return (flags - OFlags::ACCMODE) | OFlags::RDWR;
+        }
+        flags
+    }
+
+    /// Opens for the guest what was found to be a regular file.
+    pub(super) fn open_for_guest(&self, fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
+        let write_only = flags & OFlags::ACCMODE == OFlags::WRONLY;
+        if write_only && self.options.writeback() {
+            // To write a part of a page back, the guest reads the rest of it from the same handle.
+            let both = (flags - OFlags::ACCMODE) | OFlags::RDWR;
+            match self.host.reopen(fd, both) {
+                Err(Errno::ACCES) => {}
+                other => return other,
+            }
+        }
+        self.host.reopen(fd, flags)
+    }
+
+    pub(super) fn add_open_file(&self, nodeid: u64, fd: OwnedFd, flags: OFlags) -> Result<OpenOut> {
+        let writable = flags & OFlags::ACCMODE != OFlags::RDONLY;
+        let fh = self.handles.add_file(nodeid, fd, writable)?;
+        let open_flags = match self.options.cache {
+            CachePolicy::Never | CachePolicy::Metadata => FOPEN_DIRECT_IO,
+            CachePolicy::Auto => 0,
+            CachePolicy::Always => FOPEN_KEEP_CACHE,
+        };
+        Ok(OpenOut {
+            fh,
+            open_flags,
+            passthrough: 0,
+        })
+    }
+
+    pub(super) fn open_directory(&self, caller: Caller) -> Result<OpenOut> {
+        let inode = self.directory(caller.nodeid)?;
+        let fd = self
+            .host
+            .reopen(&*inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let fh = self.handles.add_directory(caller.nodeid, fd)?;
+        let open_flags = match self.options.cache {
+            CachePolicy::Never => 0,
+            CachePolicy::Auto => FOPEN_CACHE_DIR,
+            CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
+        };
+        Ok(OpenOut {
+            fh,
+            open_flags,
+            passthrough: 0,
+        })
+    }
+
+    /// READ. A short count is the end of the file to the guest, so it is only cut to the room there is.
+    pub(super) fn read_file(
+        &self,
+        caller: Caller,
+        request: &ReadIn,
+        target: Payload<'_, '_>,
+    ) -> Result<usize> {
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
+        target.read_from(handle.file()?.fd.as_fd(), request.offset, 0)
+    }
+
+    /// WRITE.
+    ///
+    /// The host's descriptor never has O_APPEND, because `pwrite` ignores the offset on one that does
+    /// (pwrite(2), BUGS), and one handle carries two kinds of writes. Those of a program that opened with
+    /// O_APPEND have the flag in `flags`: they go to where the file ends on the host *now*
+    /// (`RWF_APPEND`), so that several guests and the host may append to one log and lose nothing, although
+    /// each guest's offset is where it last saw the end. Pages that the guest writes back from a mapping
+    /// (`FUSE_WRITE_CACHE`) go to their offset, whatever handle the guest picked to send them through. With
+    /// writeback the guest alone knows where the file ends, and its offset counts.
+    pub(super) fn write_file(
+        &self,
+        caller: Caller,
+        request: &WriteIn,
+        source: Payload<'_, '_>,
+    ) -> Result<usize> {
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
+        let file = handle.file()?;
+        self.check_writable()?;
+        if !file.writable {
+            return Err(Errno::BADF);
+        }
+        let append = request.flags & libc::O_APPEND as u32 != 0
+            && request.fuse_flags & WRITE_CACHE == 0
+            && !self.options.writeback();
+        let flags = if append { libc::RWF_APPEND } else { 0 };
+        let _kill = WithoutFsetid::when(request.fuse_flags & WRITE_KILL_SUIDGID != 0)?;
+        source.write_to(file.fd.as_fd(), request.offset, flags)
+    }
+
+    pub(super) fn sync(&self, caller: Caller, fh: u64, data_only: bool, file: bool) -> Result<()> {
+        let handle = self.handles.get(caller.nodeid, fh)?;
+        if file {
+            handle.file()?;
+        } else {
+            handle.directory()?;
+        }
+        let sync = if data_only {
+            fdatasync::<BorrowedFd<'_>>
+        } else {
+            fsync
+        };
+        Ok(sync(handle.as_fd())?)
+    }
+
+    /// SYNCFS, of the file system that the node is on. On a read-only share nothing of the guest's can be
+    /// waiting.
+    pub(super) fn sync_file_system(&self, caller: Caller) -> Result<()> {
+        let inode = self.inodes.get(caller.nodeid)?;
+        if self.options.read_only {
+            return Ok(());
+        }
+        inode.check_openable()?;
+        Ok(rustix::fs::syncfs(
+            self.host.reopen(&*inode, OFlags::RDONLY)?,
+        )?)
+    }
+
+    pub(super) fn file_system(&self, caller: Caller) -> Result<Kstatfs> {
+        let stat = fstatvfs(&*self.inodes.get(caller.nodeid)?)?;
+        let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Kstatfs {
+            blocks: stat.f_blocks,
+            bfree: stat.f_bfree,
+            bavail: stat.f_bavail,
+            files: stat.f_files,
+            ffree: stat.f_ffree,
+            bsize: number(stat.f_bsize),
+            namelen: number(stat.f_namemax),
+            frsize: number(stat.f_frsize),
+            ..Kstatfs::default()
+        })
+    }
+
+    pub(super) fn allocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
+        let file = handle.file()?;
+        self.check_writable()?;
+        if !file.writable {
+            return Err(Errno::BADF);
+        }
+        let mode = FallocateFlags::from_bits_retain(request.mode);
+        let keep = FallocateFlags::KEEP_SIZE;
+        // What the Linux guest passes on. COLLAPSE_RANGE and INSERT_RANGE move data under its cache.
+        let allowed = [
+            FallocateFlags::empty(),
+            keep,
+            FallocateFlags::PUNCH_HOLE | keep,
+            FallocateFlags::ZERO_RANGE,
+            FallocateFlags::ZERO_RANGE | keep,
+        ];
+        if !allowed.contains(&mode) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        // The protocol does not say whether the caller has CAP_FSETID: rather a bit lost than one kept.
+        let _kill = WithoutFsetid::when(true)?;
+        Ok(fallocate(&file.fd, mode, request.offset, request.length)?)
+    }
+
+    /// LSEEK. The position that this moves is nobody's: all I/O names its offset.
+    pub(super) fn seek_file(&self, caller: Caller, request: &LseekIn) -> Result<u64> {
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
+        let file = handle.file()?;
+        if request.offset > i64::MAX as u64 {
+            return Err(Errno::INVAL);
+        }
+        let from = match request.whence as i32 {
+            libc::SEEK_SET => SeekFrom::Start(request.offset),
+            libc::SEEK_END => SeekFrom::End(request.offset as i64),
+            libc::SEEK_DATA => SeekFrom::Data(request.offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(request.offset),
+            _ => return Err(Errno::INVAL),
+        };
+        Ok(seek(&file.fd, from)?)
+    }
+
+    pub(super) fn copy_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u32> {
+        let source = self.handles.get(caller.nodeid, request.fh_in)?;
+        let target = self.handles.get(request.nodeid_out, request.fh_out)?;
+        let (source, target) = (source.file()?, target.file()?);
+        self.check_writable()?;
+        if !target.writable {
+            return Err(Errno::BADF);
+        }
+        if request.flags != 0 {
+            return Err(Errno::INVAL);
+        }
+        let len = usize::try_from(request.len.min(COPY_MAX)).map_err(|_| Errno::INVAL)?;
+        let (mut from, mut to) = (request.offset_in, request.offset_out);
+        let _kill = WithoutFsetid::when(true)?;
+        let count = rustix::fs::copy_file_range(
+            &source.fd,
+            Some(&mut from),
+            &target.fd,
+            Some(&mut to),
+            len,
+        )?;
+        u32::try_from(count).map_err(|_| Errno::IO)
+    }
+
+    /// IOCTL: only what lsattr(1) asks. All others would be the host's devices' and file systems' to answer.
+    pub(super) fn control(&self, caller: Caller, request: &IoctlIn) -> Result<Vec<u8>> {
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
+        if request.cmd != FS_IOC_GETFLAGS || request.out_size < 4 || request.in_size != 0 {
+            return Err(Errno::NOTTY);
+        }
+        let flags = rustix::fs::ioctl_getflags(&*handle)?;
+        Ok((flags.bits() as u32).to_ne_bytes().to_vec())
+    }
+
+    pub(super) fn open_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd> {
+        let inode = self.inodes.get(caller.nodeid)?;
+        if !inode.is_regular() {
+            return Err(Errno::INVAL);
+        }
+        if writable {
+            self.check_writable()?;
+        }
+        let flags = if writable {
+            OFlags::RDWR
+        } else {
+            OFlags::RDONLY
+        };
+        self.host.reopen(&*inode, flags)
+    }
+}

@@ -1,0 +1,203 @@
+//! The share behind a FUSE session: which operation is done where.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::AtFlags;
+
+use super::{DaxPolicy, Share};
+use crate::fuse::abi::{
+    AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, IoctlIn, Kstatfs, LseekIn,
+    OPEN_KILL_SUIDGID, OpenOut, ReadIn, SetattrIn, StatxOut, WriteIn,
+};
+use crate::fuse::{Caller, DirectorySink, FileSystem, Payload, Preferences, Result, XattrReply};
+
+impl FileSystem for Share {
+    fn preferences(&self) -> Preferences {
+        Preferences {
+            writeback: self.options.writeback(),
+            direct_io: self.options.direct_io(),
+            submounts: self.options.submounts,
+            dax: self.options.dax != DaxPolicy::Never,
+            // With every file mapped, most writes never come here to be cleared by the host; then the
+            // guest has to do it itself, by a SETATTR before the write.
+            kill_privileges: self.options.dax != DaxPolicy::Always,
+            readdirplus: true,
+        }
+    }
+
+    fn clear(&self) {
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
+        self.find(&*self.directory(caller.nodeid)?, name)
+    }
+
+    fn forget(&self, nodeid: u64, count: u64) {
+        self.inodes.forget(nodeid, count);
+    }
+
+    fn getattr(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
+        self.get_attributes(caller, fh)
+    }
+
+    fn statx(&self, caller: Caller, fh: Option<u64>, _mask: u32) -> Result<StatxOut> {
+        self.get_statx(caller, fh)
+    }
+
+    fn setattr(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
+        self.set_attributes(caller, change)
+    }
+
+    fn access(&self, caller: Caller, mask: u32) -> Result<()> {
+        self.check_access(caller, mask)
+    }
+
+    fn readlink(&self, caller: Caller) -> Result<Vec<u8>> {
+        self.read_link(caller)
+    }
+
+    fn symlink(&self, caller: Caller, name: &CStr, target: &CStr) -> Result<EntryOut> {
+        self.make_symlink(caller, name, target)
+    }
+
+    fn mknod(&self, caller: Caller, name: &CStr, mode: u32, rdev: u32) -> Result<EntryOut> {
+        self.make_node(caller, name, mode, rdev)
+    }
+
+    fn mkdir(&self, caller: Caller, name: &CStr, mode: u32) -> Result<EntryOut> {
+        self.make_directory(caller, name, mode)
+    }
+
+    fn unlink(&self, caller: Caller, name: &CStr) -> Result<()> {
+        self.remove(caller, name, AtFlags::empty())
+    }
+
+    fn rmdir(&self, caller: Caller, name: &CStr) -> Result<()> {
+        self.remove(caller, name, AtFlags::REMOVEDIR)
+    }
+
+    fn rename(
+        &self,
+        caller: Caller,
+        name: &CStr,
+        new_directory: u64,
+        new_name: &CStr,
+        flags: u32,
+    ) -> Result<()> {
+        self.move_entry(caller, name, new_directory, new_name, flags)
+    }
+
+    fn link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut> {
+        self.make_link(caller, nodeid, name)
+    }
+
+    fn open(&self, caller: Caller, flags: u32, fuse_flags: u32) -> Result<OpenOut> {
+        let inode = self.inodes.get(caller.nodeid)?;
+        self.open_inode(&inode, flags, fuse_flags & OPEN_KILL_SUIDGID != 0)
+    }
+
+    fn create(
+        &self,
+        caller: Caller,
+        name: &CStr,
+        request: &CreateIn,
+    ) -> Result<(EntryOut, OpenOut)> {
+        self.create_file(caller, name, request)
+    }
+
+    fn tmpfile(&self, caller: Caller, request: &CreateIn) -> Result<(EntryOut, OpenOut)> {
+        self.create_unnamed(caller, request)
+    }
+
+    fn read(&self, caller: Caller, request: &ReadIn, target: Payload<'_, '_>) -> Result<usize> {
+        self.read_file(caller, request, target)
+    }
+
+    fn write(&self, caller: Caller, request: &WriteIn, source: Payload<'_, '_>) -> Result<usize> {
+        self.write_file(caller, request, source)
+    }
+
+    fn flush(&self, caller: Caller, fh: u64) -> Result<()> {
+        // Data went to the host with each WRITE, and locks are the guest's own: nothing is left to do.
+        self.handles.get(caller.nodeid, fh)?.file().map(|_| ())
+    }
+
+    fn release(&self, caller: Caller, fh: u64) -> Result<()> {
+        self.handles
+            .close(caller.nodeid, fh, |handle| handle.file().is_ok())
+    }
+
+    fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {
+        self.sync(caller, fh, data_only, true)
+    }
+
+    fn fallocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {
+        self.allocate(caller, request)
+    }
+
+    fn lseek(&self, caller: Caller, request: &LseekIn) -> Result<u64> {
+        self.seek_file(caller, request)
+    }
+
+    fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u32> {
+        self.copy_range(caller, request)
+    }
+
+    fn ioctl(&self, caller: Caller, request: &IoctlIn, _input: &[u8]) -> Result<Vec<u8>> {
+        self.control(caller, request)
+    }
+
+    fn opendir(&self, caller: Caller, _flags: u32) -> Result<OpenOut> {
+        self.open_directory(caller)
+    }
+
+    fn readdir(
+        &self,
+        caller: Caller,
+        fh: u64,
+        offset: u64,
+        sink: &mut dyn DirectorySink,
+    ) -> Result<()> {
+        self.list(caller, fh, offset, sink)
+    }
+
+    fn releasedir(&self, caller: Caller, fh: u64) -> Result<()> {
+        self.handles
+            .close(caller.nodeid, fh, |handle| handle.directory().is_ok())
+    }
+
+    fn fsyncdir(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {
+        self.sync(caller, fh, data_only, false)
+    }
+
+    fn statfs(&self, caller: Caller) -> Result<Kstatfs> {
+        self.file_system(caller)
+    }
+
+    fn syncfs(&self, caller: Caller) -> Result<()> {
+        self.sync_file_system(caller)
+    }
+
+    fn setxattr(&self, caller: Caller, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
+        self.set_xattr(caller, name, value, flags)
+    }
+
+    fn getxattr(&self, caller: Caller, name: &CStr, size: u32) -> Result<XattrReply> {
+        self.get_xattr(caller, name, size)
+    }
+
+    fn listxattr(&self, caller: Caller, size: u32) -> Result<XattrReply> {
+        self.list_xattrs(caller, size)
+    }
+
+    fn removexattr(&self, caller: Caller, name: &CStr) -> Result<()> {
+        self.remove_xattr(caller, name)
+    }
+
+    fn open_for_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd> {
+        self.open_mapping(caller, writable)
+    }
+}

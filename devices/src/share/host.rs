@@ -1,0 +1,111 @@
+//! The few ways in which host files are found and opened. There are no others in the share.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat, openat2, statx,
+};
+use rustix::path::DecInt;
+
+use super::ITSELF;
+use crate::fuse::Result;
+
+/// How a name is resolved: to an entry of the directory, or not at all. The decoder lets only single
+/// components through; this is the second wall.
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_SYMLINKS);
+
+/// `openat2` with `RESOLVE_BENEATH` answers `EAGAIN` when a rename on the host raced with it. So many tries,
+/// then the guest is told.
+const TRIES: usize = 16;
+
+/// `/proc/self/fd`, through which a descriptor is opened anew or named where only a path will do.
+pub(super) struct Host {
+    proc_fd: OwnedFd,
+}
+
+/// Attributes, birth time and mount of the file behind a descriptor.
+pub(super) fn stat(fd: impl AsFd) -> Result<Statx> {
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+    Ok(statx(fd, c"", ITSELF, mask)?)
+}
+
+/// Opens `name` in `directory`.
+fn open_beneath(directory: impl AsFd, name: &CStr, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match openat2(&directory, name, flags | OFlags::CLOEXEC, mode, RESOLVE) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) if tries < TRIES => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Finds `name` in `directory`: an `O_PATH` descriptor of the entry itself, be it a symlink or a device.
+pub(super) fn find(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
+    open_beneath(
+        directory,
+        name,
+        OFlags::PATH | OFlags::NOFOLLOW,
+        Mode::empty(),
+    )
+}
+
+/// Makes the regular file `name` in `directory` and opens it; never opens one that is there.
+pub(super) fn create(
+    directory: impl AsFd,
+    name: &CStr,
+    flags: OFlags,
+    mode: Mode,
+) -> Result<OwnedFd> {
+    let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::NOCTTY;
+    open_beneath(directory, name, flags, mode)
+}
+
+/// Makes a file without a name in `directory`.
+pub(super) fn create_unnamed(directory: impl AsFd, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
+    open_beneath(directory, c".", flags | OFlags::TMPFILE, mode)
+}
+
+impl Host {
+    pub(super) fn new() -> Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            proc_fd: openat(CWD, c"/proc/self/fd", flags, Mode::empty())?,
+        })
+    }
+
+    /// Opens the file behind a descriptor once more, with other flags. The file is that very one, wherever
+    /// its name went in the meantime.
+    ///
+    /// The caller has checked that it is a regular file or a directory, unless `flags` has `O_PATH`.
+    pub(super) fn reopen(&self, fd: impl AsFd, flags: OFlags) -> Result<OwnedFd> {
+        let flags = (flags - OFlags::NOFOLLOW) | OFlags::CLOEXEC | OFlags::NOCTTY;
+        loop {
+            match openat(&self.proc_fd, DecInt::from_fd(&fd), flags, Mode::empty()) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Calls `operation` with the directory and the name in it that stand for the descriptor, for system
+    /// calls that take only a path. The last component is to be followed.
+    pub(super) fn by_path<T>(
+        &self,
+        fd: impl AsFd,
+        operation: impl FnOnce(&OwnedFd, &CStr) -> rustix::io::Result<T>,
+    ) -> Result<T> {
+        Ok(operation(&self.proc_fd, DecInt::from_fd(fd).as_c_str())?)
+    }
+
+    /// Gives the file behind `fd` another name.
+    pub(super) fn link(&self, fd: impl AsFd, directory: impl AsFd, name: &CStr) -> Result<()> {
+        self.by_path(fd, |proc_fd, path| {
+            rustix::fs::linkat(proc_fd, path, directory, name, AtFlags::SYMLINK_FOLLOW)
+        })
+    }
+}

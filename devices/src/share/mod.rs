@@ -1,0 +1,109 @@
+//! The share: a host directory, served so that the guest cannot leave it.
+//!
+//! It knows no virtio: [`Share`] implements [`FileSystem`](crate::fuse::FileSystem), and anything that
+//! speaks FUSE may stand in front of it.
+//!
+//! What keeps a guest inside:
+//!
+//! - It never names a path. An operation is on a node id, which is an index with a generation into a table
+//!   of files that LOOKUPs found ([`inode`](self)), or on one name in such a directory.
+//! - Every step from a directory to an entry is one `openat2` with `RESOLVE_BENEATH`, `RESOLVE_NO_SYMLINKS`
+//!   and `RESOLVE_NO_MAGICLINKS` ([`host`](self)). No `..` is ever resolved, so a directory that the host
+//!   moves out of the share does not become a way out.
+//! - A file is opened for I/O from the `O_PATH` descriptor that was found, not by name, and only if it is a
+//!   regular file or a directory: no FIFO that blocks, no device.
+//! - The flags of an OPEN are an allow-list.
+
+mod attributes;
+mod directory;
+mod file;
+mod filesystem;
+mod handle;
+mod host;
+mod identity;
+mod inode;
+mod namespace;
+mod options;
+mod sys;
+mod table;
+mod xattr;
+
+use std::io;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
+
+pub use options::{CachePolicy, DaxPolicy, Options};
+
+use handle::Handles;
+use host::Host;
+use inode::Inodes;
+
+/// A host directory as a file system.
+///
+/// The files are opened through the `/proc/self/fd` of the process that calls [`Share::new`]: a process
+/// that forks afterwards cannot serve the share.
+///
+/// Modes come out as the guest asked when the process's umask is 0; set it before the first request. (The
+/// guest applies the umask of its own process itself.)
+pub struct Share {
+    options: Options,
+    host: Host,
+    inodes: Inodes,
+    handles: Handles,
+    switch_identity: bool,
+}
+
+impl Share {
+    /// Opens the directory.
+    ///
+    /// # Errors
+    ///
+    /// The host's when the directory or `/proc/self/fd` cannot be opened; `ENOSYS` when the host has no
+    /// `openat2` (Linux 5.6).
+    pub fn new(options: Options) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = openat(CWD, &options.directory, flags, Mode::empty())?;
+        let host = Host::new()?;
+        let attributes = host::stat(&root)?;
+        // So that a host without openat2 is found out now and not by the guest.
+        host.reopen(&root, OFlags::PATH)?;
+        rustix::fs::openat2(
+            &root,
+            ".",
+            flags,
+            Mode::empty(),
+            rustix::fs::ResolveFlags::BENEATH,
+        )?;
+        let (inodes, handles) = options.caps();
+        Ok(Self {
+            switch_identity: options
+                .switch_identity
+                .unwrap_or_else(|| rustix::process::geteuid().is_root()),
+            inodes: Inodes::new(root, &attributes, inodes),
+            handles: Handles::new(handles),
+            host,
+            options,
+        })
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// How many nodes the guest knows, the root among them.
+    pub fn live_inodes(&self) -> usize {
+        self.inodes.live()
+    }
+
+    /// How many files and directories the guest has open.
+    pub fn live_handles(&self) -> usize {
+        self.handles.live()
+    }
+}
+
+/// `AT_EMPTY_PATH` without following: "the file this descriptor is of".
+const ITSELF: AtFlags = AtFlags::EMPTY_PATH.union(AtFlags::SYMLINK_NOFOLLOW);
+
+#[cfg(test)]
+mod tests;

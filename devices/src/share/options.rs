@@ -1,0 +1,121 @@
+//! How a share is to be served.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::process::{Resource, getrlimit};
+
+/// How long the guest may trust what it was told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CachePolicy {
+    /// Nothing is cached: every read is the host's, every name is looked up anew.
+    Never,
+    /// Names and attributes are cached (the directory changes through this guest only), file data is not.
+    Metadata,
+    /// Names and attributes for a second, data until the file changed or is opened anew.
+    #[default]
+    Auto,
+    /// Everything: nobody but this guest changes the directory.
+    Always,
+}
+
+/// Which files the guest maps through the DAX window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DaxPolicy {
+    /// None.
+    Never,
+    /// Those that are marked with `FUSE_ATTR_DAX` (a guest that mounts with `dax=inode`, or with no `dax`
+    /// option at all, asks that).
+    #[default]
+    Inode,
+    /// All: for guests that mount with `dax=always`.
+    Always,
+}
+
+/// The options of a share.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The host directory.
+    pub directory: PathBuf,
+    /// Every change is answered with `EROFS`.
+    pub read_only: bool,
+    /// How long the guest may trust what it was told.
+    pub cache: CachePolicy,
+    /// Which files are mapped through the window.
+    pub dax: DaxPolicy,
+    /// Whether the guest may collect writes in its page cache. For a directory that only this guest
+    /// changes. Not with [`CachePolicy::Never`] and [`CachePolicy::Metadata`].
+    pub writeback: bool,
+    /// Whether there are extended attributes: `user.*`, `trusted.*` and `security.capability`.
+    pub xattr: bool,
+    /// Whether the guest is told of mounts below the directory. Without, files of two file systems may
+    /// show the same device and inode number.
+    pub submounts: bool,
+    /// Whether the guest may make device nodes. One that it makes is a device of the host for whoever opens
+    /// it there.
+    pub device_nodes: bool,
+    /// Whether files are made with the user and group id of the guest's process. By default when the
+    /// process is root; nobody else can.
+    pub switch_identity: Option<bool>,
+    /// The most nodes the guest may know at a time. Each holds a file descriptor. By default half of what
+    /// the process may open (`RLIMIT_NOFILE`) when the share is made.
+    pub max_inodes: Option<usize>,
+    /// The most files and directories the guest may have open at a time. By default a quarter of what the
+    /// process may open.
+    pub max_handles: Option<usize>,
+}
+
+impl Options {
+    /// The defaults for a directory: writable, `cache=auto`, `dax=inode`, no extended attributes.
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
+        Self {
+            directory: directory.into(),
+            read_only: false,
+            cache: CachePolicy::default(),
+            dax: DaxPolicy::default(),
+            writeback: false,
+            xattr: false,
+            submounts: true,
+            device_nodes: false,
+            switch_identity: None,
+            max_inodes: None,
+            max_handles: None,
+        }
+    }
+
+    /// For how long names and attributes are valid.
+    pub fn timeout(&self) -> Duration {
+        match self.cache {
+            CachePolicy::Never => Duration::ZERO,
+            CachePolicy::Auto => Duration::from_secs(1),
+            // A day: the kernel has no "for ever" that does not overflow somewhere.
+            CachePolicy::Metadata | CachePolicy::Always => Duration::from_secs(86400),
+        }
+    }
+
+    /// Whether file data passes the guest's page cache by.
+    pub(super) fn direct_io(&self) -> bool {
+        matches!(self.cache, CachePolicy::Never | CachePolicy::Metadata)
+    }
+
+    /// Whether the guest may collect writes. It cannot where it does not cache data.
+    pub(super) fn writeback(&self) -> bool {
+        self.writeback && !self.direct_io() && !self.read_only
+    }
+
+    /// The most nodes and the most handles.
+    pub(super) fn caps(&self) -> (usize, usize) {
+        /// Above, the table itself (some 200 bytes a node) becomes the cost.
+        const MOST_INODES: u64 = 1 << 22;
+        const MOST_HANDLES: u64 = 1 << 20;
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let cap = |chosen: Option<usize>, share: u64| {
+            // The root is always there.
+            chosen.unwrap_or(share as usize).max(1)
+        };
+        (
+            cap(self.max_inodes, (files / 2).min(MOST_INODES)),
+            cap(self.max_handles, (files / 4).min(MOST_HANDLES)),
+        )
+    }
+}
