@@ -1,5 +1,6 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
+mod table;
 pub mod window;
 
 use std::io;
@@ -44,6 +45,12 @@ pub trait DaxWindow: Send + Sync {
     ///
     /// `EINVAL` as for [`map`](Self::map).
     fn unmap(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// The guest is about to be told the size of a file. A window that has put something else in the place
+    /// of pages which a file had lost looks whether the file has them again: a guest touches pages only up
+    /// to the size that it was told. For any other window there is nothing to do. Called before most
+    /// replies, so it must cost nothing when nothing was lost.
+    fn file_may_have_grown(&self) {}
 
     /// Takes away everything: DESTROY, a device reset, a second INIT. Idempotent.
     fn clear(&self);

@@ -4,65 +4,33 @@
     reason = "maps files at fixed addresses inside one reservation"
 )]
 
-use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
-use rustix::fs::{OFlags, fcntl_getfl, fstat};
+use rustix::fs::fstat;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::DaxWindow;
+use super::table::{Backing, FileEnds, Mapping, State, page_end};
 
 /// Alignment of the window and of its size, in bytes: that of a large page. Host and guest address have to
 /// agree modulo this for KVM to map one, and it is how much the Linux guest maps at a time.
 pub const ALIGNMENT: u64 = 2 << 20;
 
 /// Granularity of mappings in bytes.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
-/// The most mappings at a time. Each costs up to three of the process's memory areas: itself, what is left
-/// of the reservation beside it, and a tail that was repaired. The host allows 65530 (`vm.max_map_count`),
-/// and the rest of the process needs some too. Enough for a window of 40 GiB in pieces of 2 MiB.
-const MOST_MAPPINGS: usize = 20_000;
+/// The most mappings at a time for each [`ALIGNMENT`] of a window. The Linux guest makes one; a repair may
+/// split it in two.
+const MAPPINGS_PER_LARGE_PAGE: u64 = 2;
 
-/// A file that is mapped, once for all its mappings of one kind: not a descriptor for every 2 MiB.
-struct Backing {
-    fd: OwnedFd,
-    key: Key,
-}
-
-/// Which file it is, and whether its descriptor is open for writing.
-type Key = (u64, u64, bool);
-
-#[derive(Clone)]
-struct Mapping {
-    len: u64,
-    file: Arc<Backing>,
-    file_offset: u64,
-    /// Private zero pages stand here for what the file has lost. The file comes back when it is mapped
-    /// again, or when it has grown again by the time of the next repair.
-    zeros: bool,
-}
-
-impl Mapping {
-    /// The part from `from` on, of `len` bytes.
-    fn part(&self, from: u64, len: u64) -> Self {
-        Self {
-            len,
-            file_offset: self.file_offset + from,
-            ..self.clone()
-        }
-    }
-}
-
-#[derive(Default)]
-struct State {
-    /// By offset in the window; they do not overlap.
-    mappings: BTreeMap<u64, Mapping>,
-    files: HashMap<Key, Weak<Backing>>,
-}
+/// Bounds of the most mappings of a window. Each costs up to three of the process's memory areas: itself,
+/// what is left of the reservation beside it, and a tail that was repaired. The host allows 65530 of them
+/// (`vm.max_map_count`), and the rest of the process would fail for want of some.
+const MOST_MAPPINGS: (u64, u64) = (256, 20_000);
 
 /// A DAX window: a stretch of this process's addresses that is always mapped, to file pages or to nothing.
 ///
@@ -78,6 +46,9 @@ struct State {
 pub struct Window {
     base: NonNull<u8>,
     size: u64,
+    most_mappings: usize,
+    /// There are, or were lately, zero pages in the place of lost ones.
+    repaired: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -130,6 +101,9 @@ impl Window {
         Ok(Self {
             base: NonNull::new(base).ok_or_else(invalid)?,
             size,
+            most_mappings: (size / ALIGNMENT * MAPPINGS_PER_LARGE_PAGE)
+                .clamp(MOST_MAPPINGS.0, MOST_MAPPINGS.1) as usize,
+            repaired: AtomicBool::new(false),
             state: Mutex::default(),
         })
     }
@@ -152,12 +126,13 @@ impl Window {
         state.files.values().filter(held).count()
     }
 
-    /// Puts zero pages where a mapped file has no pages any more, and says in how many places it did: 0 means
-    /// that a fault did not come from there. Also takes such pages away where the file has grown again.
+    /// Puts zero pages where a mapped file has no pages any more, and says in how many places something
+    /// was done: 0 means that a fault did not come from there.
     ///
     /// For the vCPU thread whose `KVM_RUN` failed with `EFAULT`, and for anyone who got that from a system
-    /// call on the window. The zero pages are the guest's own: what it writes there is in no file, and is
-    /// gone when the range is mapped anew. They cost host memory only once touched, at most the window's
+    /// call on the window. The zero pages are the guest's own: what it writes there is in no file. They give
+    /// way to the file's pages when the range is mapped anew and when the file has them again
+    /// ([`DaxWindow::file_may_have_grown`]). They cost host memory only once touched, at most the window's
     /// size. Idempotent.
     ///
     /// # Errors
@@ -165,39 +140,67 @@ impl Window {
     /// The errno of `mmap`; what was repaired before stays so.
     pub fn repair_truncated(&self) -> io::Result<usize> {
         let mut state = self.state();
-        let mut repaired = 0;
-        let all: Vec<(u64, Mapping)> = state
-            .mappings
-            .iter()
-            .map(|(offset, mapping)| (*offset, mapping.clone()))
-            .collect();
-        for (offset, mapping) in all {
-            let file_len = u64::try_from(fstat(&mapping.file.fd)?.st_size).unwrap_or(0);
-            let file_end = file_len.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+        // `KVM_RUN` does not say which page it was. First the likely ones: of files that are shorter than
+        // when they were mapped. Pages past the end of the others were never there, and a guest that keeps
+        // to the sizes it was told does not touch them.
+        let repaired = self.restore_grown(&mut state)? + self.cover_lost(&mut state, false)?;
+        if repaired > 0 {
+            return Ok(repaired);
+        }
+        self.cover_lost(&mut state, true)
+    }
+
+    /// Covers the parts of mappings that lie past the ends of their files: of such files as have lost
+    /// pages, or of `all`.
+    fn cover_lost(&self, state: &mut State, all: bool) -> io::Result<usize> {
+        let mut covered = 0;
+        let mut ends = FileEnds::default();
+        for (offset, mapping) in state.copy(|mapping| !mapping.zeros) {
+            let file_end = ends.of(&mapping.file)?;
             let there = file_end
                 .saturating_sub(mapping.file_offset)
                 .min(mapping.len);
-            if mapping.zeros {
-                if there > 0 {
-                    let grown = Mapping {
-                        zeros: false,
-                        ..mapping.part(0, there)
-                    };
-                    self.place(offset, &grown)?;
-                    state.insert(offset, grown);
-                    repaired += 1;
-                }
-            } else if there < mapping.len {
+            if there < mapping.len && (all || file_end < mapping.known_end) {
                 let lost = Mapping {
                     zeros: true,
                     ..mapping.part(there, mapping.len - there)
                 };
                 self.place(offset + there, &lost)?;
                 state.insert(offset + there, lost);
-                repaired += 1;
+                self.repaired.store(true, Ordering::Release);
+                covered += 1;
             }
         }
-        Ok(repaired)
+        Ok(covered)
+    }
+
+    /// Puts the file's pages back where there are zeros and the file has pages again.
+    fn restore_grown(&self, state: &mut State) -> io::Result<usize> {
+        if !self.repaired.load(Ordering::Acquire) {
+            return Ok(0);
+        }
+        let mut restored = 0;
+        let mut left = false;
+        let mut ends = FileEnds::default();
+        for (offset, mapping) in state.copy(|mapping| mapping.zeros) {
+            let file_end = ends.of(&mapping.file)?;
+            let there = file_end
+                .saturating_sub(mapping.file_offset)
+                .min(mapping.len);
+            left |= there < mapping.len;
+            if there > 0 {
+                let grown = Mapping {
+                    zeros: false,
+                    known_end: file_end,
+                    ..mapping.part(0, there)
+                };
+                self.place(offset, &grown)?;
+                state.insert(offset, grown);
+                restored += 1;
+            }
+        }
+        self.repaired.store(left, Ordering::Release);
+        Ok(restored)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -213,6 +216,16 @@ impl Window {
         }
     }
 
+    /// Refuses what would leave too many mappings, when it leaves more than there are.
+    fn check_count(&self, state: &State, offset: u64, len: u64, more: usize) -> io::Result<()> {
+        let now = state.mappings.len();
+        let then = state.count_without(offset, len) + more;
+        if then > now && then > self.most_mappings {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        Ok(())
+    }
+
     /// The address of a range that was checked.
     fn address(&self, offset: u64) -> *mut std::ffi::c_void {
         self.base.as_ptr().wrapping_add(offset as usize).cast()
@@ -221,10 +234,7 @@ impl Window {
     /// Makes `mapping` visible at `offset`.
     fn place(&self, offset: u64, mapping: &Mapping) -> io::Result<()> {
         self.check(offset, mapping.len)?;
-        let protection = match mapping.file.key {
-            (_, _, true) => ProtFlags::READ | ProtFlags::WRITE,
-            (_, _, false) => ProtFlags::READ,
-        };
+        let (_, _, writable) = mapping.file.key;
         let len = mapping.len as usize;
         // SAFETY: MAP_FIXED replaces what is at the address, and `check` saw that the whole range is inside
         // the reservation that `self` owns. No Rust reference points there: the window is only ever touched
@@ -241,7 +251,7 @@ impl Window {
                 mmap(
                     self.address(offset),
                     len,
-                    protection,
+                    protection(writable),
                     MapFlags::SHARED | MapFlags::FIXED,
                     &mapping.file.fd,
                     mapping.file_offset,
@@ -281,82 +291,29 @@ impl Window {
     }
 }
 
-impl State {
-    /// The backing of a file: the one that is there, or a new one with a descriptor of its own.
-    fn backing(&mut self, file: BorrowedFd<'_>, writable: bool) -> io::Result<Arc<Backing>> {
-        let stat = fstat(file)?;
-        // So that nothing is replaced before it is clear that the file may be mapped so.
-        let mode = fcntl_getfl(file)? & OFlags::ACCMODE;
-        if mode == OFlags::WRONLY || (writable && mode != OFlags::RDWR) {
-            return Err(io::Error::from_raw_os_error(libc::EACCES));
-        }
-        let key = (stat.st_dev, stat.st_ino, writable);
-        if let Some(backing) = self.files.get(&key).and_then(Weak::upgrade) {
-            return Ok(backing);
-        }
-        let fd = file.as_fd().try_clone_to_owned()?;
-        // A file system that cannot share mappings says so here, where there is nothing to lose. A
-        // page may lie past the end of the file.
-        let protection = if writable {
-            ProtFlags::READ | ProtFlags::WRITE
-        } else {
-            ProtFlags::READ
-        };
-        // SAFETY: a new mapping where the kernel likes, which is taken away again and never touched.
-        unsafe {
-            let trial = mmap(
-                std::ptr::null_mut(),
-                PAGE as usize,
-                protection,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )?;
-            munmap(trial, PAGE as usize)?;
-        }
-        let backing = Arc::new(Backing { fd, key });
-        // What is not mapped any more holds no descriptor, but a little memory.
-        if self.files.len() >= 64 && self.files.len() >= 2 * self.mappings.len() {
-            self.files.retain(|_, file| file.strong_count() > 0);
-        }
-        self.files.insert(key, Arc::downgrade(&backing));
-        Ok(backing)
+/// Maps a page of a file somewhere and takes it away again: a file system that cannot share mappings says so
+/// here, where there is nothing to lose. The page may lie past the end of the file.
+fn try_mapping(file: &OwnedFd, writable: bool) -> io::Result<()> {
+    // SAFETY: a new mapping where the kernel likes, which is taken away again and never touched.
+    unsafe {
+        let trial = mmap(
+            std::ptr::null_mut(),
+            PAGE as usize,
+            protection(writable),
+            MapFlags::SHARED,
+            file,
+            0,
+        )?;
+        munmap(trial, PAGE as usize)?;
     }
+    Ok(())
+}
 
-    /// Takes the parts of mappings that lie in a range out of the table, and returns them.
-    fn cut_out(&mut self, offset: u64, len: u64) -> Vec<(u64, Mapping)> {
-        let end = offset + len;
-        let mut out = Vec::new();
-        // The last one that starts before the range may reach into it, or over it.
-        let before = self.mappings.range(..offset).next_back();
-        let mut touched: Vec<u64> = before.map(|(at, _)| *at).into_iter().collect();
-        touched.extend(self.mappings.range(offset..end).map(|(at, _)| *at));
-        for at in touched {
-            let Some(mapping) = self.mappings.remove(&at) else {
-                continue;
-            };
-            let mapping_end = at + mapping.len;
-            if at < offset {
-                let keep = mapping.len.min(offset - at);
-                self.mappings.insert(at, mapping.part(0, keep));
-            }
-            if mapping_end > end {
-                self.mappings
-                    .insert(end, mapping.part(end - at, mapping_end - end));
-            }
-            let from = at.max(offset);
-            let to = mapping_end.min(end);
-            if from < to {
-                out.push((from, mapping.part(from - at, to - from)));
-            }
-        }
-        out
-    }
-
-    /// Enters a mapping, over whatever was there.
-    fn insert(&mut self, offset: u64, mapping: Mapping) {
-        self.cut_out(offset, mapping.len);
-        self.mappings.insert(offset, mapping);
+fn protection(writable: bool) -> ProtFlags {
+    if writable {
+        ProtFlags::READ | ProtFlags::WRITE
+    } else {
+        ProtFlags::READ
     }
 }
 
@@ -379,13 +336,13 @@ impl DaxWindow for Window {
             _ => return Err(invalid()),
         }
         let mut state = self.state();
-        if state.mappings.len() >= MOST_MAPPINGS && !state.mappings.contains_key(&offset) {
-            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
-        }
+        self.check_count(&state, offset, len, 1)?;
+        let stat = fstat(file)?;
         let mapping = Mapping {
             len,
-            file: state.backing(file, writable)?,
+            file: state.backing(file, &stat, writable, |fd| try_mapping(fd, writable))?,
             file_offset,
+            known_end: page_end(&stat),
             zeros: false,
         };
         if let Err(error) = self.place(offset, &mapping) {
@@ -399,6 +356,7 @@ impl DaxWindow for Window {
     fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         let mut state = self.state();
+        self.check_count(&state, offset, len, 0)?;
         self.reserve(offset, len)?;
         state.cut_out(offset, len);
         Ok(())
@@ -413,6 +371,15 @@ impl DaxWindow for Window {
         }
         state.mappings.clear();
         state.files.clear();
+        self.repaired.store(false, Ordering::Release);
+    }
+
+    fn file_may_have_grown(&self) {
+        if self.repaired.load(Ordering::Acquire)
+            && let Err(error) = self.restore_grown(&mut self.state())
+        {
+            log::warn!("cannot map the pages of a file that has grown: {error}");
+        }
     }
 }
 

@@ -1,1 +1,320 @@
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
 
+use super::{ALIGNMENT, Window};
+use crate::dax::DaxWindow;
+
+const MIB: u64 = 1 << 20;
+
+/// A file whose page n is full of the byte n + 1.
+fn pages(count: u8) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    for page in 0..count {
+        file.write_all(&[page + 1; 4096]).unwrap();
+    }
+    file
+}
+
+/// A byte of the window, as a device touches it: by a system call, which says so when nothing is there.
+fn vectors(window: &Window, offset: u64, byte: &mut u8) -> [libc::iovec; 2] {
+    let vector = |base: *mut u8| libc::iovec {
+        iov_base: base.cast(),
+        iov_len: 1,
+    };
+    let address = window.host_address().wrapping_add(offset as usize);
+    [vector(byte), vector(address)]
+}
+
+impl Window {
+    pub(crate) fn peek(&self, offset: u64) -> Option<u8> {
+        let mut byte = 0u8;
+        let [own, window] = vectors(self, offset, &mut byte);
+        // SAFETY: `own` is one byte of this frame; the kernel checks the other address.
+        let count = unsafe { libc::process_vm_readv(libc::getpid(), &own, 1, &window, 1, 0) };
+        (count == 1).then_some(byte)
+    }
+
+    pub(crate) fn poke(&self, offset: u64, mut byte: u8) -> bool {
+        let [own, window] = vectors(self, offset, &mut byte);
+        // SAFETY: as in `peek`.
+        unsafe { libc::process_vm_writev(libc::getpid(), &own, 1, &window, 1, 0) == 1 }
+    }
+}
+
+fn peek(window: &Window, offset: u64) -> Option<u8> {
+    window.peek(offset)
+}
+
+fn poke(window: &Window, offset: u64, byte: u8) -> bool {
+    window.poke(offset, byte)
+}
+
+#[test]
+fn a_window_is_aligned_and_a_whole_number_of_large_pages() {
+    for size in [0, 1, 4096, MIB, 3 * MIB, u64::MAX, u64::MAX - ALIGNMENT + 1] {
+        assert!(Window::new(size).is_err(), "{size}");
+    }
+    for size in [ALIGNMENT, 5 * ALIGNMENT] {
+        let window = Window::new(size).unwrap();
+        assert_eq!(window.host_address() as u64 % ALIGNMENT, 0);
+        assert_eq!(window.size(), size);
+        assert_eq!(peek(&window, 0), None);
+    }
+}
+
+#[test]
+fn mappings_show_the_file_and_go_away() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(4);
+    window.map(0, 16384, file.as_fd(), 0, false).unwrap();
+    assert_eq!(peek(&window, 0), Some(1));
+    assert_eq!(peek(&window, 16383), Some(4));
+    assert!(!poke(&window, 0, 9), "read-only");
+    window.unmap(4096, 8192).unwrap();
+    assert_eq!(
+        [0, 4096, 8192, 12288].map(|at| peek(&window, at)),
+        [Some(1), None, None, Some(4)]
+    );
+    assert_eq!(window.live_mappings(), 2);
+    window.unmap(0, ALIGNMENT).unwrap();
+    window.unmap(0, ALIGNMENT).unwrap();
+    assert_eq!((window.live_mappings(), window.live_files()), (0, 0));
+}
+
+#[test]
+fn an_overlapping_mapping_replaces_and_splits() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let (old, new) = (pages(8), pages(2));
+    window.map(0, 32768, old.as_fd(), 0, true).unwrap();
+    window.map(8192, 8192, new.as_fd(), 0, true).unwrap();
+    let bytes: Vec<_> = (0..8)
+        .map(|page| peek(&window, page * 4096).unwrap())
+        .collect();
+    assert_eq!(bytes, [1, 2, 1, 2, 5, 6, 7, 8]);
+    assert_eq!(window.live_mappings(), 3);
+    // Over the ends of two, and exactly over one.
+    window.map(4096, 8192, new.as_fd(), 0, true).unwrap();
+    window.map(0, 4096, new.as_fd(), 4096, true).unwrap();
+    let bytes: Vec<_> = (0..8)
+        .map(|page| peek(&window, page * 4096).unwrap())
+        .collect();
+    assert_eq!(bytes, [2, 1, 2, 2, 5, 6, 7, 8]);
+}
+
+#[test]
+fn writes_through_a_writable_mapping_reach_the_file() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(1);
+    window.map(0, 4096, file.as_fd(), 0, false).unwrap();
+    // The upgrade that the Linux guest does: the same range once more, with no unmap before.
+    window.map(0, 4096, file.as_fd(), 0, true).unwrap();
+    assert!(poke(&window, 7, 0x77));
+    let mut byte = [0];
+    std::os::unix::fs::FileExt::read_at(&file, &mut byte, 7).unwrap();
+    assert_eq!(byte, [0x77]);
+    assert_eq!(window.live_mappings(), 1);
+}
+
+#[test]
+fn a_bad_range_changes_nothing() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(1);
+    window.map(0, 4096, file.as_fd(), 0, false).unwrap();
+    for (offset, len, file_offset) in [
+        (0, 0, 0),
+        (1, 4096, 0),
+        (0, 4095, 0),
+        (0, 4096, 1),
+        (0, ALIGNMENT + 4096, 0),
+        (ALIGNMENT, 4096, 0),
+        (ALIGNMENT - 4096, 8192, 0),
+        (u64::MAX - 4095, 4096, 0),
+        (u64::MAX - 4095, 8192, 0),
+        (0, u64::MAX - 4095, 0),
+        (0, 4096, u64::MAX - 4095),
+        (0, 4096, i64::MAX as u64 - 4095),
+    ] {
+        let error = window.map(offset, len, file.as_fd(), file_offset, false);
+        assert_eq!(error.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        if file_offset == 0 {
+            let error = window.unmap(offset, len).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+    assert_eq!(peek(&window, 0), Some(1));
+    assert_eq!(window.live_mappings(), 1);
+}
+
+#[test]
+fn a_file_that_cannot_be_mapped_leaves_what_is_there() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(1);
+    window.map(0, 4096, file.as_fd(), 0, true).unwrap();
+    let read_only = File::open("/proc/self/exe").unwrap();
+    let error = window.map(0, 4096, read_only.as_fd(), 0, true).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+    let directory = File::open("/").unwrap();
+    let error = window
+        .map(0, 4096, directory.as_fd(), 0, false)
+        .unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+    assert_eq!(peek(&window, 0), Some(1));
+}
+
+#[test]
+fn a_file_costs_one_descriptor_however_often_it_is_mapped() {
+    let window = Window::new(4 * ALIGNMENT).unwrap();
+    let file = pages(1);
+    for at in 0..64 {
+        let file = file.try_clone().unwrap();
+        window
+            .map(at * 8192, 4096, file.as_fd(), 0, at % 2 == 0)
+            .unwrap();
+    }
+    assert_eq!((window.live_mappings(), window.live_files()), (64, 2));
+    drop(file);
+    assert_eq!(peek(&window, 8192), Some(1));
+    window.clear();
+    window.clear();
+    assert_eq!((window.live_mappings(), window.live_files()), (0, 0));
+    assert_eq!(peek(&window, 8192), None);
+}
+
+#[test]
+fn mappings_are_bounded_and_there_is_room_again_afterwards() {
+    let window = Window::new(8 * ALIGNMENT).unwrap();
+    let file = pages(1);
+    let most = window.most_mappings;
+    assert_eq!(most, 256);
+    let step = 3 * 4096;
+    let map = |at: usize, len| window.map(at as u64 * step, len, file.as_fd(), 0, false);
+    let full = |result: std::io::Result<()>| {
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    };
+    for at in 0..most {
+        map(at, step).unwrap();
+    }
+    full(map(most, 4096));
+    // No more by splitting either: in the middle, at the start, or by taking the middle away.
+    full(window.map(4096, 4096, file.as_fd(), 0, false));
+    full(map(0, 4096));
+    full(window.unmap(4096, 4096));
+    // The same again, and over several, is fine.
+    map(0, step).unwrap();
+    window.unmap(step * 2 - 4096, 2 * 4096).unwrap();
+    assert_eq!(window.live_mappings(), most);
+    window.unmap(0, step).unwrap();
+    map(most, 4096).unwrap();
+    assert_eq!(window.live_mappings(), most);
+}
+
+#[test]
+fn a_truncated_file_is_repaired_with_zeros_and_comes_back() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(4);
+    window.map(0, 32768, file.as_fd(), 0, true).unwrap();
+    // Past the end of the file from the start.
+    assert_eq!(peek(&window, 16384), None);
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+    assert_eq!(peek(&window, 16384), Some(0));
+
+    file.set_len(4097).unwrap();
+    assert_eq!(peek(&window, 8192), None, "gone, and no signal");
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    let bytes: Vec<_> = (0..8)
+        .map(|page| peek(&window, page * 4096).unwrap())
+        .collect();
+    assert_eq!(bytes, [1, 2, 0, 0, 0, 0, 0, 0]);
+    assert!(poke(&window, 8192, 5), "scratch memory of the guest's own");
+
+    // Mapped again, it is the file again.
+    file.set_len(12288).unwrap();
+    window.map(0, 32768, file.as_fd(), 0, true).unwrap();
+    assert_eq!(peek(&window, 8192), Some(0));
+    assert!(poke(&window, 8192, 6));
+    let mut byte = [0];
+    std::os::unix::fs::FileExt::read_at(&file, &mut byte, 8192).unwrap();
+    assert_eq!(byte, [6]);
+}
+
+#[test]
+fn a_repair_leaves_alone_the_unused_tails_of_files_that_lost_nothing() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let (log, cut) = (pages(1), pages(2));
+    window.map(0, 8192, log.as_fd(), 0, false).unwrap();
+    window.map(8192, 8192, cut.as_fd(), 0, false).unwrap();
+    cut.set_len(4096).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    assert_eq!((peek(&window, 4096), peek(&window, 12288)), (None, Some(0)));
+    // So what the host appends to the other one is there at once.
+    log.set_len(8192).unwrap();
+    assert_eq!(peek(&window, 4096), Some(0));
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+}
+
+#[test]
+fn a_file_that_grows_again_replaces_the_zeros_at_the_next_repair() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(4);
+    window.map(0, 16384, file.as_fd(), 0, true).unwrap();
+    file.set_len(0).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    file.set_len(8192).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    assert!(poke(&window, 4096, 3));
+    let mut byte = [0];
+    std::os::unix::fs::FileExt::read_at(&file, &mut byte, 4096).unwrap();
+    assert_eq!(byte, [3]);
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+}
+
+#[test]
+fn a_write_that_makes_a_file_longer_brings_its_pages_back() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(2);
+    window.map(0, 8192, file.as_fd(), 0, true).unwrap();
+    file.set_len(0).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    std::os::unix::fs::FileExt::write_at(&file, &[8; 8192], 0).unwrap();
+    assert_eq!(peek(&window, 4096), Some(0));
+    window.file_may_have_grown();
+    assert_eq!(peek(&window, 4096), Some(8));
+    window.file_may_have_grown();
+}
+
+#[test]
+fn random_changes_leave_what_a_simple_model_says() {
+    const PAGES: u64 = 64;
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(200);
+    let mut model = [None; PAGES as usize];
+    let mut state = 88172645463325252u64;
+    let mut random = move |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    for _ in 0..2000 {
+        let at = random(PAGES);
+        let len = 1 + random(PAGES - at);
+        let from = random(100);
+        let range = at as usize..(at + len) as usize;
+        if random(3) == 0 {
+            window.unmap(at * 4096, len * 4096).unwrap();
+            model[range].fill(None);
+        } else {
+            let writable = random(2) == 0;
+            window
+                .map(at * 4096, len * 4096, file.as_fd(), from * 4096, writable)
+                .unwrap();
+            for (page, slot) in model[range].iter_mut().enumerate() {
+                *slot = Some((from as u8) + page as u8 + 1);
+            }
+        }
+        let seen: Vec<_> = (0..PAGES).map(|page| peek(&window, page * 4096)).collect();
+        assert_eq!(seen, model);
+    }
+}

@@ -198,11 +198,20 @@ impl Session {
                 let room = reply.room().unwrap_or(0);
                 let mut sink = Entries {
                     bytes: Vec::new(),
+                    looked_up: Vec::new(),
                     room: room.min(input.size as usize).min(LISTING_MAX),
                     plus: opcode == Opcode::Readdirplus,
                 };
-                fs.readdir(caller, input.fh, input.offset, &mut sink)?;
-                reply.put_bytes(0, &sink.bytes)
+                let listed = fs
+                    .readdir(caller, input.fh, input.offset, &mut sink)
+                    .and_then(|()| reply.put_bytes(0, &sink.bytes));
+                // What the guest was not told of it cannot forget.
+                if listed.is_err() {
+                    for nodeid in sink.looked_up {
+                        fs.forget(nodeid, 1);
+                    }
+                }
+                listed
             }
             Opcode::Fallocate => {
                 let input: FallocateIn = body.take()?;
@@ -351,6 +360,8 @@ fn xattr(answer: XattrReply, reply: &Reply<'_, '_>) -> Result<usize> {
 /// The entries of a READDIR or READDIRPLUS reply.
 struct Entries {
     bytes: Vec<u8>,
+    /// The nodes among them, each counted once per entry.
+    looked_up: Vec<u64>,
     room: usize,
     plus: bool,
 }
@@ -379,6 +390,7 @@ impl DirectorySink for Entries {
     fn add(&mut self, listing: &Listing<'_>, entry: Option<&EntryOut>) {
         let name = listing.name.to_bytes();
         let end = self.bytes.len() + self.size(name.len());
+        self.looked_up.extend(entry.map(|entry| entry.nodeid));
         if self.plus {
             let none = EntryOut::default();
             self.bytes

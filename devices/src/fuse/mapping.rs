@@ -39,6 +39,15 @@ struct State {
     live: BTreeMap<u64, Mapped>,
 }
 
+impl State {
+    fn drop_range(&mut self, from: u64, to: u64) {
+        while let Some((at, _)) = self.live.range(from..to).next() {
+            let at = *at;
+            self.live.remove(&at);
+        }
+    }
+}
+
 /// The window of a session.
 pub(super) struct Mappings {
     window: Arc<dyn DaxWindow>,
@@ -66,6 +75,11 @@ impl Mappings {
         state.live.clear();
         counters.dax_live.store(0, Relaxed);
         self.window.clear();
+    }
+
+    /// See [`DaxWindow::file_may_have_grown`].
+    pub(super) fn file_may_have_grown(&self) {
+        self.window.file_may_have_grown();
     }
 
     /// A range of the guest's, checked: whole pages, not empty, inside the window. Its end.
@@ -119,9 +133,7 @@ impl Mappings {
                 && before.nodeid == caller.nodeid
                 && before.foffset == request.foffset
         });
-        state
-            .live
-            .retain(|at, _| *at < request.moffset || *at >= end);
+        state.drop_range(request.moffset, end);
         state.live.insert(
             request.moffset,
             Mapped {
@@ -156,7 +168,7 @@ impl Mappings {
             self.window.unmap(one.moffset, one.len)?;
             // `check` saw that this does not wrap.
             let end = one.moffset.saturating_add(one.len);
-            state.live.retain(|at, _| *at < one.moffset || *at >= end);
+            state.drop_range(one.moffset, end);
         }
         counters.dax_live.store(state.live.len() as u64, Relaxed);
         drop(state);

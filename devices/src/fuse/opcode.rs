@@ -55,11 +55,20 @@ macro_rules! opcodes {
 
         /// Finds an operation by its number; `None` is answered with `ENOSYS`.
         pub fn find(code: u32) -> Option<&'static Limits> {
-            let opcode = match code {
-                $($code => Opcode::$variant,)*
-                _ => return None,
-            };
-            OPCODES.iter().find(|limits| limits.opcode == opcode)
+            match code {
+                $($code => Some(
+                    const {
+                        &Limits {
+                            opcode: Opcode::$variant,
+                            name: $name,
+                            least: $least,
+                            most: $most,
+                            answer: $answer,
+                        }
+                    },
+                ),)*
+                _ => None,
+            }
         }
     };
 }

@@ -131,7 +131,12 @@ impl Session {
             }
             opcode => {
                 let body = Body::read(request, header, opcode)?;
-                self.dispatch(opcode, header, body.decoder(), request, reply)
+                let result = self.dispatch(opcode, header, body.decoder(), request, reply);
+                // The reply's body may name a file's size, but the guest does not see it before `finish`.
+                if let (Some(mappings), false) = (&self.mappings, opcode == Opcode::Read) {
+                    mappings.file_may_have_grown();
+                }
+                result
             }
         }
     }
@@ -155,3 +160,7 @@ impl Session {
         Ok(len)
     }
 }
+
+#[cfg(test)]
+#[path = "session_test.rs"]
+mod tests;

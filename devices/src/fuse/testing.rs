@@ -1,1 +1,340 @@
+//! A guest for tests: sends raw requests to a session and checks the form of every reply.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use vm_memory::ByteValued;
+
+use super::abi::*;
+use super::opcode::Opcode;
+use super::session::Session;
+use crate::dax::{DaxWindow, Window};
+use crate::memory::GuestBuffer;
+use crate::share::{Options, Share};
+
+/// What stands in a reply buffer before the server writes.
+const UNTOUCHED: u8 = 0xa5;
+
+/// A reply whose form was checked.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// Positive errno, 0 for success.
+    pub error: i32,
+    /// What follows the header.
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    /// A fixed part of the body of a reply that succeeded.
+    pub(crate) fn part<T: ByteValued + Default>(&self, offset: usize) -> T {
+        assert_eq!(self.error, 0, "the request failed");
+        let mut value = T::default();
+        let bytes = &self.body[offset..offset + size_of::<T>()];
+        value.as_mut_slice().copy_from_slice(bytes);
+        value
+    }
+
+    /// The whole body as one struct, whose size it has exactly.
+    pub(crate) fn get<T: ByteValued + Default>(&self) -> T {
+        assert_eq!(self.error, 0, "the request failed");
+        assert_eq!(self.body.len(), size_of::<T>());
+        self.part(0)
+    }
+
+    /// Asserts success without a body.
+    pub(crate) fn ok(&self) {
+        assert_eq!((self.error, self.body.len()), (0, 0));
+    }
+}
+
+/// One name of a listing.
+#[derive(Debug)]
+pub(crate) struct Name {
+    pub name: Vec<u8>,
+    pub next: u64,
+    pub entry: Option<EntryOut>,
+}
+
+/// A session with a share of a temporary directory behind it.
+pub(crate) struct Guest {
+    pub directory: tempfile::TempDir,
+    pub share: Arc<Share>,
+    pub window: Option<Arc<Window>>,
+    pub session: Arc<Session>,
+    pub uid: u32,
+    pub gid: u32,
+    /// Writable bytes of the next requests.
+    pub room: usize,
+}
+
+pub(crate) const EVERYTHING: u64 = u64::MAX;
+
+impl Guest {
+    /// A guest with default options that has sent its INIT.
+    pub(crate) fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    /// The same, with options and a window of 8 MiB.
+    pub(crate) fn with(change: impl FnOnce(&mut Options)) -> Self {
+        let guest = Self::without_init(change, true);
+        assert_eq!(guest.init(7, MINOR, EVERYTHING).error, 0);
+        guest
+    }
+
+    pub(crate) fn without_init(change: impl FnOnce(&mut Options), window: bool) -> Self {
+        rustix::process::umask(rustix::fs::Mode::empty());
+        let directory = tempfile::tempdir().unwrap();
+        let mut options = Options::new(directory.path());
+        options.xattr = true;
+        change(&mut options);
+        let share = Arc::new(Share::new(options).unwrap());
+        let window = window.then(|| Arc::new(Window::new(8 << 20).unwrap()));
+        let session = Arc::new(Session::new(
+            share.clone(),
+            window.clone().map(|window| window as Arc<dyn DaxWindow>),
+        ));
+        Self {
+            directory,
+            share,
+            window,
+            session,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            room: 2 << 20,
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// INIT with 64-bit flags.
+    pub(crate) fn init(&self, major: u32, minor: u32, flags: u64) -> Answer {
+        let body = InitIn {
+            major,
+            minor,
+            max_readahead: 131072,
+            flags: flags as u32,
+        };
+        let more = InitIn2 {
+            flags2: (flags >> 32) as u32,
+            ..InitIn2::default()
+        };
+        self.call(Opcode::Init, 0, &[body.as_slice(), more.as_slice()])
+    }
+
+    /// Sends a request of any opcode and bytes, as they are, and checks the form of the reply.
+    pub(crate) fn send(&self, request: &mut [u8], unique: u64) -> Option<Answer> {
+        let mut bytes = vec![UNTOUCHED; self.room];
+        let used = {
+            let reply = GuestBuffer::from_slice(&mut bytes);
+            self.session
+                .serve(&GuestBuffer::from_slice(request), &reply)
+        };
+        let (written, rest) = bytes.split_at(used as usize);
+        if used == 0 {
+            assert!(rest.iter().all(|byte| *byte == UNTOUCHED));
+            return None;
+        }
+        let mut header = OutHeader::default();
+        header.as_mut_slice().copy_from_slice(&written[..16]);
+        assert_eq!(header.len, used, "used length and out.len differ");
+        assert_eq!(header.unique, unique, "unique is not echoed");
+        assert!((-511..=0).contains(&header.error));
+        assert!(header.error == 0 || used == 16, "an error has a body");
+        Some(Answer {
+            error: -header.error,
+            body: written[16..].to_vec(),
+        })
+    }
+
+    pub(crate) fn frame(&self, opcode: u32, nodeid: u64, parts: &[&[u8]]) -> Vec<u8> {
+        let body = parts.concat();
+        let header = InHeader {
+            len: (IN_HEADER + body.len()) as u32,
+            opcode,
+            unique: 0x1122_3344_5566_7788,
+            nodeid,
+            uid: self.uid,
+            gid: self.gid,
+            pid: 1,
+            padding: 0,
+        };
+        [header.as_slice(), &body].concat()
+    }
+
+    pub(crate) fn raw(&self, opcode: u32, nodeid: u64, parts: &[&[u8]]) -> Option<Answer> {
+        let mut request = self.frame(opcode, nodeid, parts);
+        self.send(&mut request, 0x1122_3344_5566_7788)
+    }
+
+    /// Sends a well-formed request.
+    pub(crate) fn call(&self, opcode: Opcode, nodeid: u64, parts: &[&[u8]]) -> Answer {
+        self.raw(opcode as u32, nodeid, parts).unwrap()
+    }
+
+    pub(crate) fn lookup(&self, parent: u64, name: &str) -> Answer {
+        self.call(Opcode::Lookup, parent, &[name.as_bytes(), b"\0"])
+    }
+
+    /// The node of a path below the root.
+    pub(crate) fn node(&self, path: &str) -> u64 {
+        path.split('/').fold(ROOT_ID, |parent, name| {
+            self.lookup(parent, name).get::<EntryOut>().nodeid
+        })
+    }
+
+    pub(crate) fn forget(&self, nodeid: u64, nlookup: u64) {
+        let none = self.raw(
+            Opcode::Forget as u32,
+            nodeid,
+            &[ForgetIn { nlookup }.as_slice()],
+        );
+        assert!(none.is_none());
+    }
+
+    pub(crate) fn open(&self, nodeid: u64, flags: i32) -> Answer {
+        let body = OpenIn {
+            flags: flags as u32,
+            fuse_flags: 0,
+        };
+        self.call(Opcode::Open, nodeid, &[body.as_slice()])
+    }
+
+    pub(crate) fn fh(&self, nodeid: u64, flags: i32) -> u64 {
+        self.open(nodeid, flags).get::<OpenOut>().fh
+    }
+
+    pub(crate) fn opendir(&self, nodeid: u64) -> u64 {
+        let body = OpenIn::default();
+        self.call(Opcode::Opendir, nodeid, &[body.as_slice()])
+            .get::<OpenOut>()
+            .fh
+    }
+
+    pub(crate) fn create(&self, parent: u64, name: &str, flags: i32, mode: u32) -> Answer {
+        let body = CreateIn {
+            flags: flags as u32,
+            mode,
+            umask: 0o22,
+            fuse_flags: 0,
+        };
+        let name = [name.as_bytes(), b"\0"].concat();
+        self.call(Opcode::Create, parent, &[body.as_slice(), &name])
+    }
+
+    pub(crate) fn read(&self, nodeid: u64, fh: u64, offset: u64, size: u32) -> Answer {
+        let body = ReadIn {
+            fh,
+            offset,
+            size,
+            ..ReadIn::default()
+        };
+        self.call(Opcode::Read, nodeid, &[body.as_slice()])
+    }
+
+    pub(crate) fn write(&self, nodeid: u64, fh: u64, offset: u64, data: &[u8]) -> Answer {
+        self.write_with(nodeid, fh, offset, data, 0, 0)
+    }
+
+    pub(crate) fn write_with(
+        &self,
+        nodeid: u64,
+        fh: u64,
+        offset: u64,
+        data: &[u8],
+        flags: i32,
+        fuse_flags: u32,
+    ) -> Answer {
+        let body = WriteIn {
+            fh,
+            offset,
+            size: data.len() as u32,
+            fuse_flags,
+            flags: flags as u32,
+            ..WriteIn::default()
+        };
+        self.call(Opcode::Write, nodeid, &[body.as_slice(), data])
+    }
+
+    pub(crate) fn getattr(&self, nodeid: u64) -> Answer {
+        let body = GetattrIn::default();
+        self.call(Opcode::Getattr, nodeid, &[body.as_slice()])
+    }
+
+    pub(crate) fn setattr(&self, nodeid: u64, change: SetattrIn) -> Answer {
+        self.call(Opcode::Setattr, nodeid, &[change.as_slice()])
+    }
+
+    pub(crate) fn setup(
+        &self,
+        nodeid: u64,
+        foffset: u64,
+        len: u64,
+        flags: u64,
+        moffset: u64,
+    ) -> Answer {
+        let body = SetupmappingIn {
+            fh: u64::MAX,
+            foffset,
+            len,
+            flags,
+            moffset,
+        };
+        self.call(Opcode::Setupmapping, nodeid, &[body.as_slice()])
+    }
+
+    pub(crate) fn remove(&self, count: u32, ranges: &[(u64, u64)]) -> Answer {
+        let mut bytes = count.to_ne_bytes().to_vec();
+        for (moffset, len) in ranges {
+            bytes.extend_from_slice(&moffset.to_ne_bytes());
+            bytes.extend_from_slice(&len.to_ne_bytes());
+        }
+        self.call(Opcode::Removemapping, ROOT_ID, &[&bytes])
+    }
+
+    /// One reply of a listing.
+    pub(crate) fn list(
+        &self,
+        plus: bool,
+        nodeid: u64,
+        fh: u64,
+        offset: u64,
+        size: u32,
+    ) -> Result<Vec<Name>, i32> {
+        let body = ReadIn {
+            fh,
+            offset,
+            size,
+            ..ReadIn::default()
+        };
+        let opcode = if plus {
+            Opcode::Readdirplus
+        } else {
+            Opcode::Readdir
+        };
+        let answer = self.call(opcode, nodeid, &[body.as_slice()]);
+        if answer.error != 0 {
+            return Err(answer.error);
+        }
+        assert!(answer.body.len() <= size as usize);
+        let mut names = Vec::new();
+        let mut at = 0;
+        while at < answer.body.len() {
+            let entry = plus.then(|| answer.part::<EntryOut>(at));
+            at += if plus { 128 } else { 0 };
+            let dirent: Dirent = answer.part(at);
+            at += 24;
+            let len = dirent.namelen as usize;
+            names.push(Name {
+                name: answer.body[at..at + len].to_vec(),
+                next: dirent.off,
+                entry,
+            });
+            at += len.next_multiple_of(8);
+        }
+        assert_eq!(at, answer.body.len(), "an entry is cut");
+        Ok(names)
+    }
+}

@@ -47,6 +47,15 @@ impl Share {
         Ok(flags & allowed)
     }
 
+    /// The flags for a file that is being made, from those of [`open_flags`](Self::open_flags).
+    pub(super) fn creation_flags(&self, flags: OFlags) -> OFlags {
+        let flags = flags - OFlags::TRUNC;
+        if flags & OFlags::ACCMODE == OFlags::WRONLY && self.options.writeback() {
+            return (flags - OFlags::ACCMODE) | OFlags::RDWR;
+        }
+        flags
+    }
+
     /// Opens for the guest what was found to be a regular file.
     pub(super) fn open_for_guest(&self, fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
         let write_only = flags & OFlags::ACCMODE == OFlags::WRONLY;
@@ -141,11 +150,12 @@ impl Share {
         } else {
             handle.directory()?;
         }
-        Ok(if data_only {
-            fdatasync(&*handle)?
+        let sync = if data_only {
+            fdatasync::<BorrowedFd<'_>>
         } else {
-            fsync(&*handle)?
-        })
+            fsync
+        };
+        Ok(sync(handle.as_fd())?)
     }
 
     /// SYNCFS, of the file system that the node is on. On a read-only share nothing of the guest's can be

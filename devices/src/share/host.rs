@@ -9,7 +9,7 @@ use rustix::fs::{
 use rustix::path::DecInt;
 
 use super::ITSELF;
-use crate::fuse::{Errno, Result};
+use crate::fuse::Result;
 
 /// How a name is resolved: to an entry of the directory, or not at all. The decoder lets only single
 /// components through; this is the second wall.
@@ -87,8 +87,6 @@ impl Host {
         loop {
             match openat(&self.proc_fd, DecInt::from_fd(&fd), flags, Mode::empty()) {
                 Err(rustix::io::Errno::INTR) => {}
-                // A program that is running, or a file that was made immutable.
-                Err(rustix::io::Errno::LOOP) => return Err(Errno::ACCES),
                 other => return Ok(other?),
             }
         }

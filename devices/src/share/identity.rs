@@ -50,7 +50,10 @@ impl AsUser {
             return Err(Errno::INVAL);
         }
         if !GROUPS_DROPPED.get() {
-            sys::drop_groups()?;
+            // A user namespace may forbid setgroups(2), which is no harm where there are none.
+            if !rustix::process::getgroups()?.is_empty() {
+                sys::drop_groups()?;
+            }
             GROUPS_DROPPED.set(true);
         }
         let overrides = capabilities(None)?.effective & CapabilitySet::DAC_OVERRIDE;

@@ -185,7 +185,7 @@ impl Share {
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let made = {
             let _identity = self.identity(caller)?;
-            host::create(&*directory, name, flags - OFlags::TRUNC, mode)
+            host::create(&*directory, name, self.creation_flags(flags), mode)
         };
         match made {
             Ok(fd) => self.created(fd, flags),
@@ -221,7 +221,7 @@ impl Share {
         request: &CreateIn,
     ) -> Result<(EntryOut, OpenOut)> {
         let directory = self.writable_directory(caller.nodeid)?;
-        let mut flags = self.open_flags(request.flags)? - OFlags::TRUNC;
+        let mut flags = self.creation_flags(self.open_flags(request.flags)?);
         // O_EXCL says that it will never get a name. Here it is no flag of an open file.
         flags.set(OFlags::EXCL, request.flags & libc::O_EXCL as u32 != 0);
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
