@@ -99,10 +99,7 @@ impl<'m> GuestBuffer<'m> {
         address: GuestAddress,
         len: usize,
     ) -> Result<(), BufferError> {
-        let not_memory = || BufferError::NotMemory {
-            address: address.0,
-            len,
-        };
+        let not_memory = || BufferError::NotMemory { address: address.0, len };
         let before = self.segments.len();
         let mut at = address;
         let mut left = len;
@@ -110,10 +107,7 @@ impl<'m> GuestBuffer<'m> {
             let piece = memory.to_region_addr(at).and_then(|(region, start)| {
                 let count = left.min(usize::try_from(region.len() - start.0).ok()?);
                 let slice = region.get_slice(start, count).ok()?;
-                Some(Segment {
-                    slice,
-                    may_fault: region.prot() == libc::PROT_NONE,
-                })
+                Some(Segment { slice, may_fault: region.prot() == libc::PROT_NONE })
             });
             let next = piece.and_then(|piece| {
                 self.segments.push(piece);
@@ -141,14 +135,8 @@ impl<'m> GuestBuffer<'m> {
 
     /// A buffer over host memory, for a server that is driven without a guest (a test, `/dev/fuse`).
     pub fn from_slice(bytes: &'m mut [u8]) -> Self {
-        let mut buffer = Self {
-            segments: SmallVec::new(),
-            len: bytes.len(),
-        };
-        buffer.segments.push(Segment {
-            slice: VolatileSlice::from(bytes),
-            may_fault: false,
-        });
+        let mut buffer = Self { segments: SmallVec::new(), len: bytes.len() };
+        buffer.segments.push(Segment { slice: VolatileSlice::from(bytes), may_fault: false });
         buffer
     }
 
@@ -176,12 +164,7 @@ impl<'m> GuestBuffer<'m> {
                 break;
             };
             if segment.may_fault {
-                copy_guarded(
-                    Direction::FromWindow,
-                    &segment.slice,
-                    target.as_mut_ptr(),
-                    len,
-                )?;
+                copy_guarded(Direction::FromWindow, &segment.slice, target.as_mut_ptr(), len)?;
             } else {
                 segment.slice.copy_to(target);
             }
@@ -203,12 +186,7 @@ impl<'m> GuestBuffer<'m> {
                 break;
             };
             if segment.may_fault {
-                copy_guarded(
-                    Direction::ToWindow,
-                    &segment.slice,
-                    source.as_ptr().cast_mut(),
-                    len,
-                )?;
+                copy_guarded(Direction::ToWindow, &segment.slice, source.as_ptr().cast_mut(), len)?;
             } else {
                 segment.slice.copy_from(source);
             }
@@ -238,13 +216,7 @@ impl<'m> GuestBuffer<'m> {
             // answers EFAULT where a page is missing. The memory is shared with the guest and only ever
             // used as volatile bytes, so a write behind Rust's back breaks no reference.
             unsafe {
-                libc::preadv2(
-                    file.as_raw_fd(),
-                    vectors.as_ptr(),
-                    vectors.len() as i32,
-                    at,
-                    flags,
-                )
+                libc::preadv2(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at, flags)
             }
         })
     }
@@ -266,13 +238,7 @@ impl<'m> GuestBuffer<'m> {
         self.transfer(offset, len, file_offset, |vectors, at| {
             // SAFETY: as in `read_from_file`; the kernel only reads from the vectors.
             unsafe {
-                libc::pwritev2(
-                    file.as_raw_fd(),
-                    vectors.as_ptr(),
-                    vectors.len() as i32,
-                    at,
-                    flags,
-                )
+                libc::pwritev2(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, at, flags)
             }
         })
     }
@@ -326,11 +292,7 @@ impl<'m> GuestBuffer<'m> {
         len: usize,
     ) -> Result<impl Iterator<Item = Segment<'m>> + '_, BufferError> {
         let end = offset.checked_add(len).filter(|end| *end <= self.len);
-        let too_short = BufferError::TooShort {
-            offset,
-            wanted: len,
-            len: self.len,
-        };
+        let too_short = BufferError::TooShort { offset, wanted: len, len: self.len };
         let end = end.ok_or(too_short)?;
         let mut start = 0usize;
         Ok(self.segments.iter().filter_map(move |segment| {
@@ -343,10 +305,7 @@ impl<'m> GuestBuffer<'m> {
                 return None;
             }
             let slice = segment.slice.subslice(from - first, to - from).ok()?;
-            Some(Segment {
-                slice,
-                may_fault: segment.may_fault,
-            })
+            Some(Segment { slice, may_fault: segment.may_fault })
         }))
     }
 }
@@ -366,10 +325,7 @@ fn copy_guarded(
 ) -> Result<(), BufferError> {
     let mut done = 0;
     while done < len {
-        let local = libc::iovec {
-            iov_base: own.wrapping_add(done).cast(),
-            iov_len: len - done,
-        };
+        let local = libc::iovec { iov_base: own.wrapping_add(done).cast(), iov_len: len - done };
         let remote = libc::iovec {
             iov_base: window.ptr_guard_mut().as_ptr().wrapping_add(done).cast(),
             iov_len: len - done,
@@ -422,9 +378,7 @@ mod tests {
         let memory = two_regions();
         let mut buffer = GuestBuffer::new();
         for (address, len) in [(0x1ff0, 0x11), (0x2000, 1), (u64::MAX, 2), (0, usize::MAX)] {
-            let error = buffer
-                .push(&memory, GuestAddress(address), len)
-                .unwrap_err();
+            let error = buffer.push(&memory, GuestAddress(address), len).unwrap_err();
             assert_eq!(error, BufferError::NotMemory { address, len });
             assert!(buffer.is_empty());
         }
@@ -436,14 +390,7 @@ mod tests {
         let buffer = GuestBuffer::from_slice(&mut bytes);
         for (offset, wanted) in [(0, 9), (8, 1), (usize::MAX, 1)] {
             let error = buffer.read_at(offset, &mut vec![0; wanted]).unwrap_err();
-            assert_eq!(
-                error,
-                BufferError::TooShort {
-                    offset,
-                    wanted,
-                    len: 8
-                }
-            );
+            assert_eq!(error, BufferError::TooShort { offset, wanted, len: 8 });
         }
     }
 

@@ -43,11 +43,7 @@ pub fn load_order(modules_dir: &Path) -> Result<Vec<String>> {
     let path = modules_dir.join("load-order");
     let names =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(names
-        .lines()
-        .filter(|name| !name.is_empty())
-        .map(str::to_owned)
-        .collect())
+    Ok(names.lines().filter(|name| !name.is_empty()).map(str::to_owned).collect())
 }
 
 /// Builds the initramfs.
@@ -59,9 +55,9 @@ pub fn build(contents: &Contents<'_>) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
 
     // Mount points, and the homes of busybox's links.
-    for directory in [
-        "bin", "dev", "etc", "lib", "mnt", "oriel", "proc", "run", "sbin", "sys", "usr", "var",
-    ] {
+    for directory in
+        ["bin", "dev", "etc", "lib", "mnt", "oriel", "proc", "run", "sbin", "sys", "usr", "var"]
+    {
         archive.directory(directory, 0o755)?;
     }
     for directory in ["oriel/modules", "usr/bin", "usr/sbin"] {
@@ -122,8 +118,7 @@ impl Archive {
 
     fn directory(&mut self, name: &str, permissions: u32) -> Result<()> {
         let entry = self.entry(name, DIRECTORY | permissions);
-        self.write(entry, &[])
-            .with_context(|| format!("cannot add {name} to the initramfs"))
+        self.write(entry, &[]).with_context(|| format!("cannot add {name} to the initramfs"))
     }
 
     fn character_device(
@@ -133,18 +128,14 @@ impl Archive {
         major: u32,
         minor: u32,
     ) -> Result<()> {
-        let entry = self
-            .entry(name, CHARACTER_DEVICE | permissions)
-            .rdev_major(major)
-            .rdev_minor(minor);
-        self.write(entry, &[])
-            .with_context(|| format!("cannot add {name} to the initramfs"))
+        let entry =
+            self.entry(name, CHARACTER_DEVICE | permissions).rdev_major(major).rdev_minor(minor);
+        self.write(entry, &[]).with_context(|| format!("cannot add {name} to the initramfs"))
     }
 
     fn file(&mut self, name: &str, permissions: u32, data: &[u8]) -> Result<()> {
         let entry = self.entry(name, REGULAR | permissions);
-        self.write(entry, data)
-            .with_context(|| format!("cannot add {name} to the initramfs"))
+        self.write(entry, data).with_context(|| format!("cannot add {name} to the initramfs"))
     }
 
     fn copy(&mut self, name: &str, permissions: u32, source: &Path) -> Result<()> {
@@ -173,18 +164,11 @@ mod tests {
     use crate::protocol::{Dax, FromGuest, FromHost, Process, Root, Share};
 
     fn config() -> Config {
-        let share = Share {
-            tag: "root".into(),
-            path: "/".into(),
-            read_only: true,
-            dax: Dax::Always,
-        };
+        let share =
+            Share { tag: "root".into(), path: "/".into(), read_only: true, dax: Dax::Always };
         Config {
             modules: vec!["b.ko".into(), "a.ko".into()],
-            root: Some(Root {
-                share: share.clone(),
-                overlay: true,
-            }),
+            root: Some(Root { share: share.clone(), overlay: true }),
             shares: vec![Share {
                 tag: "src".into(),
                 path: "/src".into(),
@@ -227,12 +211,7 @@ mod tests {
     #[test]
     fn an_archive_holds_what_it_was_built_from() {
         let host = tempfile::tempdir().unwrap();
-        for (name, data) in [
-            ("init", "INIT"),
-            ("a.ko", "A"),
-            ("b.ko", "BB"),
-            ("busybox", "BOX"),
-        ] {
+        for (name, data) in [("init", "INIT"), ("a.ko", "A"), ("b.ko", "BB"), ("busybox", "BOX")] {
             fs::write(host.path().join(name), data).unwrap();
         }
         let config = config();
@@ -243,11 +222,7 @@ mod tests {
             config: &config,
         };
         let archive = build(&contents).unwrap();
-        assert_eq!(
-            archive,
-            build(&contents).unwrap(),
-            "equal contents make equal archives"
-        );
+        assert_eq!(archive, build(&contents).unwrap(), "equal contents make equal archives");
 
         let entries = entries(&archive);
         assert_eq!(entries["init"], (0o100_755, b"INIT".to_vec(), (0, 0)));
@@ -272,34 +247,14 @@ mod tests {
         let host = tempfile::tempdir().unwrap();
         let mut config = config();
         let init = host.path().join("init");
-        let contents = Contents {
-            init: &init,
-            modules_dir: None,
-            busybox: None,
-            config: &config,
-        };
-        assert!(
-            build(&contents)
-                .unwrap_err()
-                .to_string()
-                .contains(&init.display().to_string())
-        );
+        let contents = Contents { init: &init, modules_dir: None, busybox: None, config: &config };
+        assert!(build(&contents).unwrap_err().to_string().contains(&init.display().to_string()));
 
         fs::write(&init, "").unwrap();
-        assert!(
-            build(&contents)
-                .unwrap_err()
-                .to_string()
-                .contains("modules")
-        );
+        assert!(build(&contents).unwrap_err().to_string().contains("modules"));
 
         config.modules.clear();
-        let contents = Contents {
-            init: &init,
-            modules_dir: None,
-            busybox: None,
-            config: &config,
-        };
+        let contents = Contents { init: &init, modules_dir: None, busybox: None, config: &config };
         assert!(!entries(&build(&contents).unwrap()).contains_key("bin/busybox"));
     }
 
@@ -314,21 +269,9 @@ mod tests {
     #[test]
     fn messages_are_one_line_of_json() {
         let from_host = [
-            (
-                FromHost::StdinEnd { bytes: 5 },
-                r#"{"stdin-end":{"bytes":5}}"#,
-            ),
-            (
-                FromHost::Signal { number: 15 },
-                r#"{"signal":{"number":15}}"#,
-            ),
-            (
-                FromHost::Resize {
-                    rows: 24,
-                    columns: 80,
-                },
-                r#"{"resize":{"rows":24,"columns":80}}"#,
-            ),
+            (FromHost::StdinEnd { bytes: 5 }, r#"{"stdin-end":{"bytes":5}}"#),
+            (FromHost::Signal { number: 15 }, r#"{"signal":{"number":15}}"#),
+            (FromHost::Resize { rows: 24, columns: 80 }, r#"{"resize":{"rows":24,"columns":80}}"#),
         ];
         for (message, json) in from_host {
             assert_eq!(serde_json::to_string(&message).unwrap(), json);
@@ -336,14 +279,9 @@ mod tests {
         }
         let from_guest = [
             (FromGuest::Started, r#""started""#.to_owned()),
+            (FromGuest::Exited { status: 7 }, r#"{"exited":{"status":7}}"#.to_owned()),
             (
-                FromGuest::Exited { status: 7 },
-                r#"{"exited":{"status":7}}"#.to_owned(),
-            ),
-            (
-                FromGuest::Failed {
-                    message: "a\nb".into(),
-                },
+                FromGuest::Failed { message: "a\nb".into() },
                 r#"{"failed":{"message":"a\nb"}}"#.to_owned(),
             ),
         ];

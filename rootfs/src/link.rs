@@ -32,15 +32,11 @@ impl Port {
         let mut settings = rustix::termios::tcgetattr(&port)?;
         settings.make_raw();
         settings.set_speed(SPEED)?;
-        settings
-            .control_modes
-            .insert(ControlModes::CLOCAL | ControlModes::CREAD);
+        settings.control_modes.insert(ControlModes::CLOCAL | ControlModes::CREAD);
         settings.control_modes.remove(ControlModes::HUPCL);
         // RTS goes away when the guest's input buffer is full, so that a host that heeds it loses no input.
         // Only where the host raises CTS, without which nothing would ever be sent.
-        settings
-            .control_modes
-            .set(ControlModes::CRTSCTS, sys::clear_to_send(port.as_fd()));
+        settings.control_modes.set(ControlModes::CRTSCTS, sys::clear_to_send(port.as_fd()));
         rustix::termios::tcsetattr(&port, OptionalActions::Now, &settings)?;
         let flags = rustix::fs::fcntl_getfl(&port)?;
         rustix::fs::fcntl_setfl(&port, flags - OFlags::NONBLOCK)?;
@@ -54,9 +50,7 @@ impl Port {
 
     /// Returns when the host has taken all that was written.
     pub(crate) fn drain(&self) -> io::Result<()> {
-        Ok(rustix::io::retry_on_intr(|| {
-            rustix::termios::tcdrain(&self.0)
-        })?)
+        Ok(rustix::io::retry_on_intr(|| rustix::termios::tcdrain(&self.0))?)
     }
 }
 
@@ -86,9 +80,7 @@ impl Write for Port {
 pub(crate) fn send(port: &mut Port, message: &FromGuest) -> Result<()> {
     let mut line = serde_json::to_vec(message).context("cannot encode a message")?;
     line.push(b'\n');
-    port.write_all(&line)
-        .and_then(|()| port.drain())
-        .context("cannot send a message on COM4")
+    port.write_all(&line).and_then(|()| port.drain()).context("cannot send a message on COM4")
 }
 
 /// Hands the host's messages to `take` for as long as the port lives. A line that is no message is logged and
@@ -99,10 +91,9 @@ pub(crate) fn receive(port: Port, mut take: impl FnMut(FromHost)) {
             Ok(line) if line.is_empty() => {}
             Ok(line) => match serde_json::from_slice(&line) {
                 Ok(message) => take(message),
-                Err(error) => log(&format!(
-                    "no message on COM4: {error}: {}",
-                    String::from_utf8_lossy(&line)
-                )),
+                Err(error) => {
+                    log(&format!("no message on COM4: {error}: {}", String::from_utf8_lossy(&line)))
+                }
             },
             Err(error) => return log(&format!("cannot read COM4: {error}")),
         }

@@ -37,9 +37,7 @@ fn main() -> ExitCode {
         Ok(mut messages) => {
             let last = match run(&mut messages) {
                 Ok(status) => FromGuest::Exited { status },
-                Err(error) => FromGuest::Failed {
-                    message: one_line(&error),
-                },
+                Err(error) => FromGuest::Failed { message: one_line(&error) },
             };
             log(&format!("{last:?}"));
             if let Err(error) = link::send(&mut messages, &last) {

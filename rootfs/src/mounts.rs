@@ -23,12 +23,7 @@ const FIRST: [(&str, &str); 3] = [("proc", "/proc"), ("sysfs", "/sys"), ("devtmp
 /// Mounts that any program may expect, in the final root: file system, place, flags, options. Each of them is
 /// done if it can be.
 const FURTHER: [(&str, &str, MountFlags, &CStr); 7] = [
-    (
-        "devpts",
-        "/dev/pts",
-        NOSUID_NOEXEC,
-        c"gid=5,mode=620,ptmxmode=666",
-    ),
+    ("devpts", "/dev/pts", NOSUID_NOEXEC, c"gid=5,mode=620,ptmxmode=666"),
     ("tmpfs", "/dev/shm", NOSUID_NODEV, c"mode=1777"),
     ("mqueue", "/dev/mqueue", NOSUID_NODEV, c""),
     ("tmpfs", "/run", NOSUID_NODEV, c"mode=755"),
@@ -112,11 +107,7 @@ pub(crate) fn further() {
 pub(crate) fn shares(shares: &[Share]) -> Result<()> {
     for share in shares {
         if !share.path.starts_with('/') {
-            bail!(
-                "cannot mount share {} at {}: the path is not absolute",
-                share.tag,
-                share.path
-            );
+            bail!("cannot mount share {} at {}: the path is not absolute", share.tag, share.path);
         }
         create(&share.path).with_context(|| format!("cannot mount share {}", share.tag))?;
         mount_share(share, &share.path)?;
@@ -138,11 +129,7 @@ fn mount_share(share: &Share, place: &str) -> Result<()> {
         Dax::Inode => (" with dax=inode", Some(c"dax=inode")),
         Dax::Always => (" with dax=always", Some(c"dax=always")),
     };
-    let flags = if share.read_only {
-        MountFlags::RDONLY
-    } else {
-        MountFlags::empty()
-    };
+    let flags = if share.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     rustix::mount::mount(share.tag.as_str(), place, "virtiofs", flags, options).map_err(|error| {
         let hint = match error {
             Errno::INVAL if !has_device(&share.tag) => ": no virtio-fs device has this tag",
@@ -151,11 +138,7 @@ fn mount_share(share: &Share, place: &str) -> Result<()> {
             _ => "",
         };
         let error = io::Error::from(error);
-        anyhow::anyhow!(
-            "cannot mount share {} at {}{option}{hint}: {error}",
-            share.tag,
-            share.path
-        )
+        anyhow::anyhow!("cannot mount share {} at {}{option}{hint}: {error}", share.tag, share.path)
     })
 }
 

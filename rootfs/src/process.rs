@@ -61,11 +61,7 @@ struct State {
 impl Control {
     pub(crate) fn new() -> io::Result<Self> {
         let stdin_ended = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Self {
-            state: Mutex::default(),
-            size_known: Condvar::new(),
-            stdin_ended,
-        })
+        Ok(Self { state: Mutex::default(), size_known: Condvar::new(), stdin_ended })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -109,9 +105,8 @@ impl Control {
     /// Gives the terminal the host's size, now and whenever it changes.
     fn attach(&self, terminal: Arc<File>) {
         let state = self.state();
-        let waited = self
-            .size_known
-            .wait_timeout_while(state, FIRST_SIZE, |state| state.size.is_none());
+        let waited =
+            self.size_known.wait_timeout_while(state, FIRST_SIZE, |state| state.size.is_none());
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if let Some((rows, columns)) = state.size {
             set_size(&terminal, rows, columns);
@@ -127,12 +122,7 @@ fn send_signal(leader: Pid, number: i32) {
 }
 
 fn set_size(terminal: &File, rows: u16, columns: u16) {
-    let size = Winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     if let Err(error) = rustix::termios::tcsetwinsize(terminal, size) {
         log(&format!("cannot set the terminal's size: {error}"));
     }
@@ -147,14 +137,8 @@ pub(crate) fn run(
     output: Port,
     error: Port,
 ) -> Result<u8> {
-    let Some(name) = process.args.first() else {
-        bail!("there is no command to run")
-    };
-    let mut complaints = if process.terminal {
-        output.try_clone()?
-    } else {
-        error.try_clone()?
-    };
+    let Some(name) = process.args.first() else { bail!("there is no command to run") };
+    let mut complaints = if process.terminal { output.try_clone()? } else { error.try_clone()? };
     let mut refuse = |status: u8, reason: &str| {
         let end = if process.terminal { "\r\n" } else { "\n" };
         let line = format!("oriel: exec {name:?}: {reason}{end}");
@@ -174,17 +158,10 @@ pub(crate) fn run(
     };
 
     let mut command = Command::new(program);
-    command
-        .arg0(name)
-        .args(process.args.iter().skip(1))
-        .env_clear();
+    command.arg0(name).args(process.args.iter().skip(1)).env_clear();
     for variable in &process.env {
         // A name may begin with '=', but is not empty.
-        match variable
-            .char_indices()
-            .skip(1)
-            .find(|(_, character)| *character == '=')
-        {
+        match variable.char_indices().skip(1).find(|(_, character)| *character == '=') {
             Some((at, _)) => command.env(&variable[..at], &variable[at + 1..]),
             None => bail!("environment variable {variable:?} is not NAME=VALUE"),
         };
@@ -195,11 +172,7 @@ pub(crate) fn run(
         Streams::pipes(&mut command, &ids, process.stdin, control, output, error)
     }
     .context("cannot set up the command's standard streams")?;
-    let groups = ids
-        .groups
-        .iter()
-        .map(|group| Gid::from_raw(*group))
-        .collect();
+    let groups = ids.groups.iter().map(|group| Gid::from_raw(*group)).collect();
     sys::start_as(
         &mut command,
         process.terminal,
@@ -213,10 +186,8 @@ pub(crate) fn run(
     drop(command);
     let status = match child {
         Ok(child) => {
-            let leader = i32::try_from(child.id())
-                .ok()
-                .and_then(Pid::from_raw)
-                .context("no process id")?;
+            let leader =
+                i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
             control.started(leader);
             let status = reap_until(control, leader);
             kill_rest();
@@ -224,11 +195,8 @@ pub(crate) fn run(
         }
         Err(cause) => {
             streams.finish()?;
-            let status = if cause.kind() == io::ErrorKind::NotFound {
-                NOT_FOUND
-            } else {
-                NOT_EXECUTABLE
-            };
+            let status =
+                if cause.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE };
             // The program is there: what is missing is the interpreter that it names.
             let reason = match cause.kind() {
                 io::ErrorKind::NotFound => "its interpreter does not exist".to_owned(),
@@ -337,17 +305,12 @@ impl Streams {
         let host = Arc::new(File::from(host));
         control.attach(Arc::clone(&host));
         let (mut keyboard, mut input) = (port.try_clone()?, host.try_clone()?);
-        thread::Builder::new()
-            .name("keyboard".into())
-            .spawn(move || {
-                if let Err(error) = io::copy(&mut keyboard, &mut input) {
-                    log(&format!("terminal input: {error}"));
-                }
-            })?;
-        command
-            .stdin(guest.try_clone()?)
-            .stdout(guest.try_clone()?)
-            .stderr(guest);
+        thread::Builder::new().name("keyboard".into()).spawn(move || {
+            if let Err(error) = io::copy(&mut keyboard, &mut input) {
+                log(&format!("terminal input: {error}"));
+            }
+        })?;
+        command.stdin(guest.try_clone()?).stdout(guest.try_clone()?).stderr(guest);
         Ok(Self(vec![carry("screen", host.try_clone()?, port)?]))
     }
 
@@ -365,11 +328,7 @@ impl Streams {
 
 /// Lets the command reopen its own streams (`/dev/stdout`), whoever it is.
 fn own(stream: impl AsFd, ids: &Ids) -> io::Result<()> {
-    Ok(rustix::fs::fchown(
-        stream,
-        Some(Uid::from_raw(ids.uid)),
-        None,
-    )?)
+    Ok(rustix::fs::fchown(stream, Some(Uid::from_raw(ids.uid)), None)?)
 }
 
 /// Copies to the port what comes, until the end, and until the host has it.
@@ -405,11 +364,7 @@ fn feed(mut port: Port, command: File, control: &Control) -> io::Result<()> {
             PollFd::new(&port, PollFlags::IN),
             PollFd::new(
                 &control.stdin_ended,
-                if end.is_none() {
-                    PollFlags::IN
-                } else {
-                    PollFlags::empty()
-                },
+                if end.is_none() { PollFlags::IN } else { PollFlags::empty() },
             ),
         ];
         match rustix::event::poll(&mut ready, None) {
@@ -445,10 +400,8 @@ fn find(name: &str, env: &[String]) -> Found {
     if name.is_empty() {
         return Found::Nothing;
     }
-    let path = env
-        .iter()
-        .find_map(|variable| variable.strip_prefix("PATH="))
-        .unwrap_or(DEFAULT_PATH);
+    let path =
+        env.iter().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
     let mut result = Found::Nothing;
     for directory in path.split(':') {
         // An empty entry is the working directory.
@@ -496,40 +449,26 @@ mod tests {
     fn a_program_is_looked_up_in_the_commands_path() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
-        for (name, mode) in [
-            ("one/data", 0o644),
-            ("two/data", 0o755),
-            ("two/tool", 0o755),
-            ("one/only", 0o644),
-        ] {
+        for (name, mode) in
+            [("one/data", 0o644), ("two/data", 0o755), ("two/tool", 0o755), ("one/only", 0o644)]
+        {
             fs::create_dir_all(Path::new(&at(name)).parent().unwrap()).unwrap();
             fs::write(at(name), "").unwrap();
             fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
         }
         fs::create_dir(at("one/tool")).unwrap();
-        let env = [
-            "HOME=/".to_owned(),
-            format!("PATH={}:{}:{}", at("none"), at("one"), at("two")),
-        ];
+        let env = ["HOME=/".to_owned(), format!("PATH={}:{}:{}", at("none"), at("one"), at("two"))];
 
         assert_eq!(
             found(&find("data", &env)),
             at("two/data"),
             "what cannot be executed is passed over"
         );
-        assert_eq!(
-            found(&find("tool", &env)),
-            at("two/tool"),
-            "a directory is passed over"
-        );
+        assert_eq!(found(&find("tool", &env)), at("two/tool"), "a directory is passed over");
         assert_eq!(found(&find("only", &env)), "not executable");
         assert_eq!(found(&find("absent", &env)), "nothing");
         assert_eq!(found(&find("", &env)), "nothing");
-        assert_eq!(
-            found(&find(&at("two/tool"), &env)),
-            at("two/tool"),
-            "a slash: not looked up"
-        );
+        assert_eq!(found(&find(&at("two/tool"), &env)), at("two/tool"), "a slash: not looked up");
         assert_eq!(found(&find(&at("one/data"), &env)), "not executable");
         assert_eq!(found(&find(&at("two/absent"), &env)), "nothing");
         assert!(found(&find("sh", &[])).ends_with("/sh"), "the default path");

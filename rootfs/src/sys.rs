@@ -1,8 +1,5 @@
 //! The few system calls that neither std nor rustix offers, each behind a safe function.
-#![expect(
-    unsafe_code,
-    reason = "system calls through libc, and code between fork and exec"
-)]
+#![expect(unsafe_code, reason = "system calls through libc, and code between fork and exec")]
 
 use std::ffi::c_int;
 use std::io;
@@ -14,11 +11,7 @@ use std::process::Command;
 use rustix::process::{Gid, Uid};
 
 fn check(result: c_int) -> io::Result<()> {
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Sends a signal, real-time ones included, to a process group.

@@ -20,9 +20,7 @@ pub(crate) fn lookup(user: Option<&str>) -> Result<Ids> {
     };
     // A root without these files still has numbers.
     let read = |path| {
-        fs::read(path)
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
+        fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     };
     resolve(user, &read("/etc/passwd"), &read("/etc/group"))
 }
@@ -39,11 +37,8 @@ fn resolve(spec: &str, passwd: &str, group: &str) -> Result<Ids> {
     let account = |wanted: &dyn Fn(&str, u32) -> bool| {
         passwd.lines().find_map(|line| {
             let mut fields = line.split(':');
-            let (name, uid, gid) = (
-                fields.next()?,
-                fields.nth(1)?.parse().ok()?,
-                fields.next()?.parse().ok()?,
-            );
+            let (name, uid, gid) =
+                (fields.next()?, fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
             wanted(name, uid).then(|| (name.to_owned(), uid, gid))
         })
     };
@@ -65,31 +60,17 @@ fn resolve(spec: &str, passwd: &str, group: &str) -> Result<Ids> {
         })
     };
     if let Some(wanted) = group_name {
-        let by_name = all()
-            .find(|(name, ..)| *name == wanted)
-            .map(|(_, gid, _)| gid);
+        let by_name = all().find(|(name, ..)| *name == wanted).map(|(_, gid, _)| gid);
         let Some(gid) = by_name.or_else(|| wanted.parse().ok()) else {
             bail!("no group {wanted} in the root's /etc/group");
         };
-        return Ok(Ids {
-            uid,
-            gid,
-            groups: Vec::new(),
-        });
+        return Ok(Ids { uid, gid, groups: Vec::new() });
     }
     let is_member = |members: &str| {
-        name.as_deref()
-            .is_some_and(|name| members.split(',').any(|one| one == name))
+        name.as_deref().is_some_and(|name| members.split(',').any(|one| one == name))
     };
-    let groups = all()
-        .filter(|(.., members)| is_member(members))
-        .map(|(_, gid, _)| gid)
-        .collect();
-    Ok(Ids {
-        uid,
-        gid: own_gid,
-        groups,
-    })
+    let groups = all().filter(|(.., members)| is_member(members)).map(|(_, gid, _)| gid).collect();
+    Ok(Ids { uid, gid: own_gid, groups })
 }
 
 #[cfg(test)]
@@ -102,35 +83,19 @@ mod tests {
         "root:x:0:\nusers:x:100:\nwheel:x:10:root,ada\nvideo:x:44:ada\nnot:x:45:adam";
 
     fn ids(uid: u32, gid: u32, groups: &[u32]) -> Ids {
-        Ids {
-            uid,
-            gid,
-            groups: groups.to_vec(),
-        }
+        Ids { uid, gid, groups: groups.to_vec() }
     }
 
     #[test]
     fn a_name_brings_its_groups() {
-        assert_eq!(
-            resolve("ada", PASSWD, GROUP).unwrap(),
-            ids(1000, 100, &[10, 44])
-        );
-        assert_eq!(
-            resolve("1000", PASSWD, GROUP).unwrap(),
-            ids(1000, 100, &[10, 44])
-        );
-        assert_eq!(
-            resolve("ada:", PASSWD, GROUP).unwrap(),
-            ids(1000, 100, &[10, 44])
-        );
+        assert_eq!(resolve("ada", PASSWD, GROUP).unwrap(), ids(1000, 100, &[10, 44]));
+        assert_eq!(resolve("1000", PASSWD, GROUP).unwrap(), ids(1000, 100, &[10, 44]));
+        assert_eq!(resolve("ada:", PASSWD, GROUP).unwrap(), ids(1000, 100, &[10, 44]));
     }
 
     #[test]
     fn a_group_that_is_named_replaces_them() {
-        assert_eq!(
-            resolve("ada:video", PASSWD, GROUP).unwrap(),
-            ids(1000, 44, &[])
-        );
+        assert_eq!(resolve("ada:video", PASSWD, GROUP).unwrap(), ids(1000, 44, &[]));
         assert_eq!(resolve("ada:7", PASSWD, GROUP).unwrap(), ids(1000, 7, &[]));
     }
 
@@ -147,18 +112,8 @@ mod tests {
 
     #[test]
     fn what_is_unknown_is_named() {
-        assert!(
-            resolve("eve", PASSWD, GROUP)
-                .unwrap_err()
-                .to_string()
-                .contains("user eve")
-        );
-        assert!(
-            resolve("ada:eve", PASSWD, GROUP)
-                .unwrap_err()
-                .to_string()
-                .contains("group eve")
-        );
+        assert!(resolve("eve", PASSWD, GROUP).unwrap_err().to_string().contains("user eve"));
+        assert!(resolve("ada:eve", PASSWD, GROUP).unwrap_err().to_string().contains("group eve"));
         assert!(resolve("-1", PASSWD, GROUP).is_err());
         assert_eq!(lookup(None).unwrap(), Ids::default());
     }

@@ -66,7 +66,9 @@ pub fn open_kvm() -> Result<Kvm> {
     }
     let version = kvm.get_api_version();
     if version != KVM_API_VERSION {
-        bail!("{DEVICE} speaks API version {version}, not {KVM_API_VERSION}: the host kernel is too old");
+        bail!(
+            "{DEVICE} speaks API version {version}, not {KVM_API_VERSION}: the host kernel is too old"
+        );
     }
     for (capability, name) in [
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),

@@ -32,11 +32,7 @@ pub(super) struct Mapping {
 impl Mapping {
     /// The part from `from` on, of `len` bytes.
     pub(super) fn part(&self, from: u64, len: u64) -> Self {
-        Self {
-            len,
-            file_offset: self.file_offset + from,
-            ..self.clone()
-        }
+        Self { len, file_offset: self.file_offset + from, ..self.clone() }
     }
 }
 
@@ -137,8 +133,7 @@ impl State {
                 self.mappings.insert(at, mapping.part(0, keep));
             }
             if mapping_end > end {
-                self.mappings
-                    .insert(end, mapping.part(end - at, mapping_end - end));
+                self.mappings.insert(end, mapping.part(end - at, mapping_end - end));
             }
             let from = at.max(offset);
             let to = mapping_end.min(end);

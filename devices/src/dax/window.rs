@@ -1,8 +1,5 @@
 //! The window in host memory.
-#![expect(
-    unsafe_code,
-    reason = "maps files at fixed addresses inside one reservation"
-)]
+#![expect(unsafe_code, reason = "maps files at fixed addresses inside one reservation")]
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -157,14 +154,9 @@ impl Window {
         let mut ends = FileEnds::default();
         for (offset, mapping) in state.copy(|mapping| !mapping.zeros) {
             let file_end = ends.of(&mapping.file)?;
-            let there = file_end
-                .saturating_sub(mapping.file_offset)
-                .min(mapping.len);
+            let there = file_end.saturating_sub(mapping.file_offset).min(mapping.len);
             if there < mapping.len && (all || file_end < mapping.known_end) {
-                let lost = Mapping {
-                    zeros: true,
-                    ..mapping.part(there, mapping.len - there)
-                };
+                let lost = Mapping { zeros: true, ..mapping.part(there, mapping.len - there) };
                 self.place(offset + there, &lost)?;
                 state.insert(offset + there, lost);
                 self.repaired.store(true, Ordering::Release);
@@ -184,16 +176,10 @@ impl Window {
         let mut ends = FileEnds::default();
         for (offset, mapping) in state.copy(|mapping| mapping.zeros) {
             let file_end = ends.of(&mapping.file)?;
-            let there = file_end
-                .saturating_sub(mapping.file_offset)
-                .min(mapping.len);
+            let there = file_end.saturating_sub(mapping.file_offset).min(mapping.len);
             left |= there < mapping.len;
             if there > 0 {
-                let grown = Mapping {
-                    zeros: false,
-                    known_end: file_end,
-                    ..mapping.part(0, there)
-                };
+                let grown = Mapping { zeros: false, known_end: file_end, ..mapping.part(0, there) };
                 self.place(offset, &grown)?;
                 state.insert(offset, grown);
                 restored += 1;
@@ -310,11 +296,7 @@ fn try_mapping(file: &OwnedFd, writable: bool) -> io::Result<()> {
 }
 
 fn protection(writable: bool) -> ProtFlags {
-    if writable {
-        ProtFlags::READ | ProtFlags::WRITE
-    } else {
-        ProtFlags::READ
-    }
+    if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ }
 }
 
 impl DaxWindow for Window {

@@ -18,10 +18,7 @@ fn pages(count: u8) -> File {
 
 /// A byte of the window, as a device touches it: by a system call, which says so when nothing is there.
 fn vectors(window: &Window, offset: u64, byte: &mut u8) -> [libc::iovec; 2] {
-    let vector = |base: *mut u8| libc::iovec {
-        iov_base: base.cast(),
-        iov_len: 1,
-    };
+    let vector = |base: *mut u8| libc::iovec { iov_base: base.cast(), iov_len: 1 };
     let address = window.host_address().wrapping_add(offset as usize);
     [vector(byte), vector(address)]
 }
@@ -72,10 +69,7 @@ fn mappings_show_the_file_and_go_away() {
     assert_eq!(peek(&window, 16383), Some(4));
     assert!(!poke(&window, 0, 9), "read-only");
     window.unmap(4096, 8192).unwrap();
-    assert_eq!(
-        [0, 4096, 8192, 12288].map(|at| peek(&window, at)),
-        [Some(1), None, None, Some(4)]
-    );
+    assert_eq!([0, 4096, 8192, 12288].map(|at| peek(&window, at)), [Some(1), None, None, Some(4)]);
     assert_eq!(window.live_mappings(), 2);
     window.unmap(0, ALIGNMENT).unwrap();
     window.unmap(0, ALIGNMENT).unwrap();
@@ -88,17 +82,13 @@ fn an_overlapping_mapping_replaces_and_splits() {
     let (old, new) = (pages(8), pages(2));
     window.map(0, 32768, old.as_fd(), 0, true).unwrap();
     window.map(8192, 8192, new.as_fd(), 0, true).unwrap();
-    let bytes: Vec<_> = (0..8)
-        .map(|page| peek(&window, page * 4096).unwrap())
-        .collect();
+    let bytes: Vec<_> = (0..8).map(|page| peek(&window, page * 4096).unwrap()).collect();
     assert_eq!(bytes, [1, 2, 1, 2, 5, 6, 7, 8]);
     assert_eq!(window.live_mappings(), 3);
     // Over the ends of two, and exactly over one.
     window.map(4096, 8192, new.as_fd(), 0, true).unwrap();
     window.map(0, 4096, new.as_fd(), 4096, true).unwrap();
-    let bytes: Vec<_> = (0..8)
-        .map(|page| peek(&window, page * 4096).unwrap())
-        .collect();
+    let bytes: Vec<_> = (0..8).map(|page| peek(&window, page * 4096).unwrap()).collect();
     assert_eq!(bytes, [2, 1, 2, 2, 5, 6, 7, 8]);
 }
 
@@ -155,9 +145,7 @@ fn a_file_that_cannot_be_mapped_leaves_what_is_there() {
     let error = window.map(0, 4096, read_only.as_fd(), 0, true).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EACCES));
     let directory = File::open("/").unwrap();
-    let error = window
-        .map(0, 4096, directory.as_fd(), 0, false)
-        .unwrap_err();
+    let error = window.map(0, 4096, directory.as_fd(), 0, false).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
     assert_eq!(peek(&window, 0), Some(1));
 }
@@ -168,9 +156,7 @@ fn a_file_costs_one_descriptor_however_often_it_is_mapped() {
     let file = pages(1);
     for at in 0..64 {
         let file = file.try_clone().unwrap();
-        window
-            .map(at * 8192, 4096, file.as_fd(), 0, at % 2 == 0)
-            .unwrap();
+        window.map(at * 8192, 4096, file.as_fd(), 0, at % 2 == 0).unwrap();
     }
     assert_eq!((window.live_mappings(), window.live_files()), (64, 2));
     drop(file);
@@ -223,9 +209,7 @@ fn a_truncated_file_is_repaired_with_zeros_and_comes_back() {
     file.set_len(4097).unwrap();
     assert_eq!(peek(&window, 8192), None, "gone, and no signal");
     assert_eq!(window.repair_truncated().unwrap(), 1);
-    let bytes: Vec<_> = (0..8)
-        .map(|page| peek(&window, page * 4096).unwrap())
-        .collect();
+    let bytes: Vec<_> = (0..8).map(|page| peek(&window, page * 4096).unwrap()).collect();
     assert_eq!(bytes, [1, 2, 0, 0, 0, 0, 0, 0]);
     assert!(poke(&window, 8192, 5), "scratch memory of the guest's own");
 
@@ -307,9 +291,7 @@ fn random_changes_leave_what_a_simple_model_says() {
             model[range].fill(None);
         } else {
             let writable = random(2) == 0;
-            window
-                .map(at * 4096, len * 4096, file.as_fd(), from * 4096, writable)
-                .unwrap();
+            window.map(at * 4096, len * 4096, file.as_fd(), from * 4096, writable).unwrap();
             for (page, slot) in model[range].iter_mut().enumerate() {
                 *slot = Some((from as u8) + page as u8 + 1);
             }

@@ -61,9 +61,7 @@ impl Counters {
 
     /// How many well-formed requests of one operation came.
     pub fn requests(&self, opcode: Opcode) -> u64 {
-        self.requests
-            .get(opcode as usize)
-            .map_or(0, |counter| counter.load(Relaxed))
+        self.requests.get(opcode as usize).map_or(0, |counter| counter.load(Relaxed))
     }
 
     /// All counters with their names: operations by the names of linux/fuse.h (only those that came), then
@@ -84,8 +82,6 @@ impl Counters {
             ("dax_live", &self.dax_live),
             ("sessions", &self.sessions),
         ];
-        operations
-            .chain(rest.map(|(name, counter)| (name, counter.load(Relaxed))))
-            .collect()
+        operations.chain(rest.map(|(name, counter)| (name, counter.load(Relaxed)))).collect()
     }
 }

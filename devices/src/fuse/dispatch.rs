@@ -136,9 +136,7 @@ impl Session {
                     padding: 0,
                 })
             }
-            Opcode::Statfs => reply.put(&StatfsOut {
-                st: fs.statfs(caller)?,
-            }),
+            Opcode::Statfs => reply.put(&StatfsOut { st: fs.statfs(caller)? }),
             Opcode::Release => {
                 let input: ReleaseIn = body.take()?;
                 done(fs.release(caller, input.fh))
@@ -315,18 +313,12 @@ impl Session {
         reply: &Reply<'_, '_>,
     ) -> Result<usize> {
         let (entry, open) = made?;
-        reply
-            .put(&entry)
-            .and_then(|at| reply.put_bytes(at, open.as_slice()))
-            .inspect_err(|_| {
-                let caller = Caller {
-                    nodeid: entry.nodeid,
-                    ..caller
-                };
-                // Nobody holds it; a failure to close what was just opened is no news.
-                let _ = self.fs.release(caller, open.fh);
-                self.fs.forget(entry.nodeid, 1);
-            })
+        reply.put(&entry).and_then(|at| reply.put_bytes(at, open.as_slice())).inspect_err(|_| {
+            let caller = Caller { nodeid: entry.nodeid, ..caller };
+            // Nobody holds it; a failure to close what was just opened is no news.
+            let _ = self.fs.release(caller, open.fh);
+            self.fs.forget(entry.nodeid, 1);
+        })
     }
 }
 
@@ -393,8 +385,7 @@ impl DirectorySink for Entries {
         self.looked_up.extend(entry.map(|entry| entry.nodeid));
         if self.plus {
             let none = EntryOut::default();
-            self.bytes
-                .extend_from_slice(entry.unwrap_or(&none).as_slice());
+            self.bytes.extend_from_slice(entry.unwrap_or(&none).as_slice());
         }
         let dirent = Dirent {
             ino: listing.ino,

@@ -51,11 +51,7 @@ impl Errno {
 
     /// From a raw errno. What no guest would take becomes `EIO`.
     pub fn new(raw: i32) -> Self {
-        if (1..=Self::MAX).contains(&raw) {
-            Self(raw)
-        } else {
-            Self(libc::EIO)
-        }
+        if (1..=Self::MAX).contains(&raw) { Self(raw) } else { Self(libc::EIO) }
     }
 
     /// The positive errno.

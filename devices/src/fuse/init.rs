@@ -47,21 +47,12 @@ pub(super) fn negotiate(
     window: bool,
 ) -> Result<Negotiated> {
     let request: InitIn = decoder.take()?;
-    let mut out = InitOut {
-        major: MAJOR,
-        minor: MINOR,
-        ..InitOut::default()
-    };
+    let mut out = InitOut { major: MAJOR, minor: MINOR, ..InitOut::default() };
     let full = size_of::<InitOut>();
     if request.major > MAJOR {
         // "If the major versions do not match, the daemon replies with the one it speaks, and the kernel
         // sends a second INIT" (linux/fuse.h). Nothing else in this reply counts.
-        return Ok(Negotiated {
-            out,
-            len: full,
-            begun: false,
-            flags: InitFlags::empty(),
-        });
+        return Ok(Negotiated { out, len: full, begun: false, flags: InitFlags::empty() });
     }
     if request.major < MAJOR {
         return Err(Errno::PROTO);
@@ -94,12 +85,7 @@ pub(super) fn negotiate(
         5..23 => COMPAT_22_INIT_OUT,
         _ => full,
     };
-    Ok(Negotiated {
-        out,
-        len,
-        begun: true,
-        flags,
-    })
+    Ok(Negotiated { out, len, begun: true, flags })
 }
 
 /// What is both offered and wanted, less what depends on something that is not.
@@ -113,18 +99,12 @@ fn agree(offered: InitFlags, wanted: Preferences, window: bool) -> InitFlags {
         | InitFlags::MAX_PAGES
         | InitFlags::CACHE_SYMLINKS
         | InitFlags::INIT_EXT;
-    want.set(
-        InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO,
-        wanted.readdirplus,
-    );
+    want.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, wanted.readdirplus);
     want.set(InitFlags::WRITEBACK_CACHE, wanted.writeback);
     want.set(InitFlags::SUBMOUNTS, wanted.submounts);
     want.set(InitFlags::HANDLE_KILLPRIV_V2, wanted.kill_privileges);
     want.set(InitFlags::DIRECT_IO_ALLOW_MMAP, wanted.direct_io);
-    want.set(
-        InitFlags::MAP_ALIGNMENT | InitFlags::HAS_INODE_DAX,
-        wanted.dax && window,
-    );
+    want.set(InitFlags::MAP_ALIGNMENT | InitFlags::HAS_INODE_DAX, wanted.dax && window);
     let mut flags = offered & want;
     // The upper half of the flags is only read when this one is set.
     if !flags.contains(InitFlags::INIT_EXT) {

@@ -58,10 +58,7 @@ pub(super) struct Mappings {
 
 impl Mappings {
     pub(super) fn new(window: Arc<dyn DaxWindow>) -> Self {
-        Self {
-            window,
-            state: Mutex::default(),
-        }
+        Self { window, state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -119,13 +116,7 @@ impl Mappings {
         if state.epoch != epoch {
             return Err(Errno::IO);
         }
-        self.window.map(
-            request.moffset,
-            request.len,
-            file.as_fd(),
-            request.foffset,
-            writable,
-        )?;
+        self.window.map(request.moffset, request.len, file.as_fd(), request.foffset, writable)?;
         let upgrade = state.live.get(&request.moffset).is_some_and(|before| {
             writable
                 && !before.writable
@@ -136,12 +127,7 @@ impl Mappings {
         state.drop_range(request.moffset, end);
         state.live.insert(
             request.moffset,
-            Mapped {
-                len: request.len,
-                nodeid: caller.nodeid,
-                foffset: request.foffset,
-                writable,
-            },
+            Mapped { len: request.len, nodeid: caller.nodeid, foffset: request.foffset, writable },
         );
         counters.dax_live.store(state.live.len() as u64, Relaxed);
         drop(state);

@@ -139,10 +139,7 @@ mod tests {
             let found = find(code);
             assert_eq!(
                 found.map(|limits| limits.opcode as u32),
-                OPCODES
-                    .iter()
-                    .map(|limits| limits.opcode as u32)
-                    .find(|known| *known == code)
+                OPCODES.iter().map(|limits| limits.opcode as u32).find(|known| *known == code)
             );
         }
         assert!(find(u32::MAX).is_none());

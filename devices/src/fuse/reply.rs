@@ -30,11 +30,7 @@ impl<'r, 'm> Reply<'r, 'm> {
 
     /// The place of the body.
     pub fn body(&self) -> Payload<'r, 'm> {
-        Payload {
-            buffer: self.buffer,
-            offset: OUT_HEADER,
-            len: self.room().unwrap_or(0),
-        }
+        Payload { buffer: self.buffer, offset: OUT_HEADER, len: self.room().unwrap_or(0) }
     }
 
     /// Writes `bytes` at `offset` of the body.
@@ -67,11 +63,7 @@ impl<'r, 'm> Reply<'r, 'm> {
         let Ok(len) = u32::try_from(len) else {
             return 0;
         };
-        let header = OutHeader {
-            len,
-            error,
-            unique: self.unique,
-        };
+        let header = OutHeader { len, error, unique: self.unique };
         match self.buffer.write_at(0, header.as_slice()) {
             Ok(()) => len,
             Err(_) => 0,
@@ -94,11 +86,7 @@ impl<'r, 'm> Payload<'r, 'm> {
     /// `EINVAL` when they are not inside.
     pub fn new(buffer: &'r GuestBuffer<'m>, offset: usize, len: usize) -> Result<Self> {
         match offset.checked_add(len) {
-            Some(end) if end <= buffer.len() => Ok(Self {
-                buffer,
-                offset,
-                len,
-            }),
+            Some(end) if end <= buffer.len() => Ok(Self { buffer, offset, len }),
             _ => Err(Errno::INVAL),
         }
     }
@@ -116,10 +104,7 @@ impl<'r, 'm> Payload<'r, 'm> {
     /// The same, cut to at most `len` bytes.
     #[must_use]
     pub fn cut(self, len: usize) -> Self {
-        Self {
-            len: self.len.min(len),
-            ..self
-        }
+        Self { len: self.len.min(len), ..self }
     }
 
     /// Fills it from `file` at `offset` and says how many bytes came; fewer only at the end of the file.
@@ -128,9 +113,7 @@ impl<'r, 'm> Payload<'r, 'm> {
     ///
     /// The host's.
     pub fn read_from(&self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {
-        Ok(self
-            .buffer
-            .read_from_file(self.offset, self.len, file, offset, flags)?)
+        Ok(self.buffer.read_from_file(self.offset, self.len, file, offset, flags)?)
     }
 
     /// Writes it to `file` at `offset` and says how many bytes went.
@@ -139,8 +122,6 @@ impl<'r, 'm> Payload<'r, 'm> {
     ///
     /// The host's.
     pub fn write_to(&self, file: BorrowedFd<'_>, offset: u64, flags: i32) -> Result<usize> {
-        Ok(self
-            .buffer
-            .write_to_file(self.offset, self.len, file, offset, flags)?)
+        Ok(self.buffer.write_to_file(self.offset, self.len, file, offset, flags)?)
     }
 }

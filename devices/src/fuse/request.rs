@@ -98,10 +98,7 @@ impl<'b> Decoder<'b> {
     ///
     /// `EINVAL` when fewer bytes are left.
     pub fn take<T: ByteValued + Default>(&mut self) -> Result<T> {
-        let (bytes, rest) = self
-            .rest
-            .split_at_checked(size_of::<T>())
-            .ok_or(Errno::INVAL)?;
+        let (bytes, rest) = self.rest.split_at_checked(size_of::<T>()).ok_or(Errno::INVAL)?;
         let mut value = T::default();
         value.as_mut_slice().copy_from_slice(bytes);
         self.rest = rest;
@@ -115,11 +112,7 @@ impl<'b> Decoder<'b> {
     /// `EINVAL` without a NUL, `ENAMETOOLONG` above `most`.
     pub fn string(&mut self, most: usize) -> Result<&'b CStr> {
         let Ok(string) = CStr::from_bytes_until_nul(self.rest) else {
-            return Err(if self.rest.len() > most {
-                Errno::NAMETOOLONG
-            } else {
-                Errno::INVAL
-            });
+            return Err(if self.rest.len() > most { Errno::NAMETOOLONG } else { Errno::INVAL });
         };
         let len = string.count_bytes();
         if len > most {
@@ -172,11 +165,7 @@ impl<'b> Decoder<'b> {
     }
 
     fn end(&self) -> Result<()> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(Errno::INVAL)
-        }
+        if self.rest.is_empty() { Ok(()) } else { Err(Errno::INVAL) }
     }
 }
 

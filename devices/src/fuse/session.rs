@@ -144,11 +144,8 @@ impl Session {
     /// INIT. A second one ends the session that is there (virtio 1.3, 5.11.6.1): the guest was rebooted or
     /// started another kernel, and what the first one held is lost to it.
     fn init(&self, body: &Body, reply: &Reply<'_, '_>) -> Result<usize> {
-        let negotiated = init::negotiate(
-            &mut body.decoder(),
-            self.fs.preferences(),
-            self.mappings.is_some(),
-        )?;
+        let negotiated =
+            init::negotiate(&mut body.decoder(), self.fs.preferences(), self.mappings.is_some())?;
         // Also at the first INIT: a request that a reset overtook may have left something.
         self.reset();
         let len = reply.put_bytes(0, negotiated.body())?;

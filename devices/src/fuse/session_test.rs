@@ -30,10 +30,7 @@ fn init_offers_what_the_design_says_and_nothing_more() {
     assert_eq!((out.major, out.minor), (7, 40));
     assert_eq!(out.max_write, 1 << 20);
     assert_eq!((out.max_pages, out.map_alignment), (256, 12));
-    assert_eq!(
-        (out.max_background, out.congestion_threshold),
-        (65535, 49149)
-    );
+    assert_eq!((out.max_background, out.congestion_threshold), (65535, 49149));
     assert_eq!((out.time_gran, out.max_readahead), (1, 131072));
 }
 
@@ -45,10 +42,7 @@ fn init_answers_no_flag_that_was_not_offered() {
     assert_eq!((out.max_pages, out.map_alignment), (0, 0));
     for flag in InitFlags::all().iter() {
         let (_, flags) = agreed(&guest, flag.bits());
-        assert!(
-            flag.contains(flags),
-            "{flag:?} was offered, {flags:?} answered"
-        );
+        assert!(flag.contains(flags), "{flag:?} was offered, {flags:?} answered");
     }
     // The upper half without the flag that says it is there.
     let (_, flags) = agreed(&guest, EVERYTHING & !InitFlags::INIT_EXT.bits());
@@ -74,11 +68,7 @@ fn init_offers_dax_only_with_a_window_and_a_policy() {
 #[test]
 fn init_follows_the_options() {
     let guest = Guest::without_init(|options| options.writeback = true, false);
-    assert!(
-        agreed(&guest, EVERYTHING)
-            .1
-            .contains(InitFlags::WRITEBACK_CACHE)
-    );
+    assert!(agreed(&guest, EVERYTHING).1.contains(InitFlags::WRITEBACK_CACHE));
     let guest = Guest::without_init(
         |options| {
             options.writeback = true;
@@ -112,12 +102,7 @@ fn a_newer_major_version_is_told_ours_and_the_session_has_not_begun() {
 #[test]
 fn init_ext_with_a_short_body_is_taken_as_nothing_more_offered() {
     let guest = Guest::without_init(|_| {}, true);
-    let body = InitIn {
-        major: 7,
-        minor: 38,
-        max_readahead: 0,
-        flags: u32::MAX,
-    };
+    let body = InitIn { major: 7, minor: 38, max_readahead: 0, flags: u32::MAX };
     let out: InitOut = guest.call(Opcode::Init, 0, &[body.as_slice()]).get();
     assert_eq!(out.flags2, 0);
     assert_ne!(out.flags, 0);
@@ -155,10 +140,7 @@ fn a_second_init_ends_the_first_session() {
 
     assert_eq!(guest.init(7, 40, EVERYTHING).error, 0);
     assert_eq!(window.live_mappings(), 0);
-    assert_eq!(
-        (guest.share.live_inodes(), guest.share.live_handles()),
-        (1, 0)
-    );
+    assert_eq!((guest.share.live_inodes(), guest.share.live_handles()), (1, 0));
     assert_eq!(guest.getattr(node).error, libc::ESTALE);
     assert_eq!(guest.getattr(ROOT_ID).error, 0);
     let again = guest.node("file");
@@ -181,10 +163,7 @@ fn destroy_is_answered_and_clears_and_so_does_reset() {
             guest.call(Opcode::Destroy, 0, &[]).ok();
         }
         assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
-        assert_eq!(
-            (guest.share.live_inodes(), guest.share.live_handles()),
-            (1, 0)
-        );
+        assert_eq!((guest.share.live_inodes(), guest.share.live_handles()), (1, 0));
         assert_eq!(guest.getattr(ROOT_ID).error, libc::EIO);
         let live = guest.session.counters().snapshot();
         assert!(live.contains(&("dax_live", 0)));
@@ -237,18 +216,8 @@ fn unknown_operations_are_not_implemented() {
     for opcode in [0, 7, 19, 53, 4096, 26 << 24, u32::MAX] {
         assert_eq!(guest.raw(opcode, ROOT_ID, &[]).unwrap().error, libc::ENOSYS);
     }
-    for opcode in [
-        Opcode::Getlk,
-        Opcode::Setlk,
-        Opcode::Setlkw,
-        Opcode::Bmap,
-        Opcode::Poll,
-    ] {
-        let least = OPCODES
-            .iter()
-            .find(|known| known.opcode == opcode)
-            .unwrap()
-            .least;
+    for opcode in [Opcode::Getlk, Opcode::Setlk, Opcode::Setlkw, Opcode::Bmap, Opcode::Poll] {
+        let least = OPCODES.iter().find(|known| known.opcode == opcode).unwrap().least;
         let answer = guest.call(opcode, ROOT_ID, &[&vec![0; least]]);
         assert_eq!(answer.error, libc::ENOSYS);
     }
@@ -260,11 +229,7 @@ fn without_room_for_a_header_nothing_is_answered_and_nothing_is_done() {
     for room in 0..16 {
         guest.room = room;
         let body = MkdirIn::default();
-        assert!(
-            guest
-                .raw(Opcode::Mkdir as u32, ROOT_ID, &[body.as_slice(), b"d\0"])
-                .is_none()
-        );
+        assert!(guest.raw(Opcode::Mkdir as u32, ROOT_ID, &[body.as_slice(), b"d\0"]).is_none());
         assert!(guest.raw(9999, ROOT_ID, &[]).is_none());
     }
     // Room for an error, but not for the entry that the directory would be.
@@ -290,11 +255,7 @@ fn forget_and_interrupt_are_never_answered() {
     ] {
         assert!(guest.raw(opcode as u32, ROOT_ID, &[&body]).is_none());
     }
-    assert_eq!(
-        guest.getattr(ROOT_ID).error,
-        0,
-        "the root cannot be forgotten"
-    );
+    assert_eq!(guest.getattr(ROOT_ID).error, 0, "the root cannot be forgotten");
 }
 
 #[test]

@@ -111,16 +111,8 @@ impl Guest {
 
     /// INIT with 64-bit flags.
     pub(crate) fn init(&self, major: u32, minor: u32, flags: u64) -> Answer {
-        let body = InitIn {
-            major,
-            minor,
-            max_readahead: 131072,
-            flags: flags as u32,
-        };
-        let more = InitIn2 {
-            flags2: (flags >> 32) as u32,
-            ..InitIn2::default()
-        };
+        let body = InitIn { major, minor, max_readahead: 131072, flags: flags as u32 };
+        let more = InitIn2 { flags2: (flags >> 32) as u32, ..InitIn2::default() };
         self.call(Opcode::Init, 0, &[body.as_slice(), more.as_slice()])
     }
 
@@ -129,8 +121,7 @@ impl Guest {
         let mut bytes = vec![UNTOUCHED; self.room];
         let used = {
             let reply = GuestBuffer::from_slice(&mut bytes);
-            self.session
-                .serve(&GuestBuffer::from_slice(request), &reply)
+            self.session.serve(&GuestBuffer::from_slice(request), &reply)
         };
         let (written, rest) = bytes.split_at(used as usize);
         if used == 0 {
@@ -143,10 +134,7 @@ impl Guest {
         assert_eq!(header.unique, unique, "unique is not echoed");
         assert!((-511..=0).contains(&header.error));
         assert!(header.error == 0 || used == 16, "an error has a body");
-        Some(Answer {
-            error: -header.error,
-            body: written[16..].to_vec(),
-        })
+        Some(Answer { error: -header.error, body: written[16..].to_vec() })
     }
 
     pub(crate) fn frame(&self, opcode: u32, nodeid: u64, parts: &[&[u8]]) -> Vec<u8> {
@@ -180,25 +168,17 @@ impl Guest {
 
     /// The node of a path below the root.
     pub(crate) fn node(&self, path: &str) -> u64 {
-        path.split('/').fold(ROOT_ID, |parent, name| {
-            self.lookup(parent, name).get::<EntryOut>().nodeid
-        })
+        path.split('/')
+            .fold(ROOT_ID, |parent, name| self.lookup(parent, name).get::<EntryOut>().nodeid)
     }
 
     pub(crate) fn forget(&self, nodeid: u64, nlookup: u64) {
-        let none = self.raw(
-            Opcode::Forget as u32,
-            nodeid,
-            &[ForgetIn { nlookup }.as_slice()],
-        );
+        let none = self.raw(Opcode::Forget as u32, nodeid, &[ForgetIn { nlookup }.as_slice()]);
         assert!(none.is_none());
     }
 
     pub(crate) fn open(&self, nodeid: u64, flags: i32) -> Answer {
-        let body = OpenIn {
-            flags: flags as u32,
-            fuse_flags: 0,
-        };
+        let body = OpenIn { flags: flags as u32, fuse_flags: 0 };
         self.call(Opcode::Open, nodeid, &[body.as_slice()])
     }
 
@@ -208,29 +188,17 @@ impl Guest {
 
     pub(crate) fn opendir(&self, nodeid: u64) -> u64 {
         let body = OpenIn::default();
-        self.call(Opcode::Opendir, nodeid, &[body.as_slice()])
-            .get::<OpenOut>()
-            .fh
+        self.call(Opcode::Opendir, nodeid, &[body.as_slice()]).get::<OpenOut>().fh
     }
 
     pub(crate) fn create(&self, parent: u64, name: &str, flags: i32, mode: u32) -> Answer {
-        let body = CreateIn {
-            flags: flags as u32,
-            mode,
-            umask: 0o22,
-            fuse_flags: 0,
-        };
+        let body = CreateIn { flags: flags as u32, mode, umask: 0o22, fuse_flags: 0 };
         let name = [name.as_bytes(), b"\0"].concat();
         self.call(Opcode::Create, parent, &[body.as_slice(), &name])
     }
 
     pub(crate) fn read(&self, nodeid: u64, fh: u64, offset: u64, size: u32) -> Answer {
-        let body = ReadIn {
-            fh,
-            offset,
-            size,
-            ..ReadIn::default()
-        };
+        let body = ReadIn { fh, offset, size, ..ReadIn::default() };
         self.call(Opcode::Read, nodeid, &[body.as_slice()])
     }
 
@@ -275,13 +243,7 @@ impl Guest {
         flags: u64,
         moffset: u64,
     ) -> Answer {
-        let body = SetupmappingIn {
-            fh: u64::MAX,
-            foffset,
-            len,
-            flags,
-            moffset,
-        };
+        let body = SetupmappingIn { fh: u64::MAX, foffset, len, flags, moffset };
         self.call(Opcode::Setupmapping, nodeid, &[body.as_slice()])
     }
 
@@ -303,17 +265,8 @@ impl Guest {
         offset: u64,
         size: u32,
     ) -> Result<Vec<Name>, i32> {
-        let body = ReadIn {
-            fh,
-            offset,
-            size,
-            ..ReadIn::default()
-        };
-        let opcode = if plus {
-            Opcode::Readdirplus
-        } else {
-            Opcode::Readdir
-        };
+        let body = ReadIn { fh, offset, size, ..ReadIn::default() };
+        let opcode = if plus { Opcode::Readdirplus } else { Opcode::Readdir };
         let answer = self.call(opcode, nodeid, &[body.as_slice()]);
         if answer.error != 0 {
             return Err(answer.error);
@@ -327,11 +280,7 @@ impl Guest {
             let dirent: Dirent = answer.part(at);
             at += 24;
             let len = dirent.namelen as usize;
-            names.push(Name {
-                name: answer.body[at..at + len].to_vec(),
-                next: dirent.off,
-                entry,
-            });
+            names.push(Name { name: answer.body[at..at + len].to_vec(), next: dirent.off, entry });
             at += len.next_multiple_of(8);
         }
         assert_eq!(at, answer.body.len(), "an entry is cut");

@@ -122,10 +122,7 @@ impl Configuration {
         let class = identity.class.to_le_bytes();
         space.set(REVISION_ID, &[identity.revision]);
         space.set(CLASS_CODE, &class[..3]);
-        space.set(
-            SUBSYSTEM_VENDOR_ID,
-            &identity.subsystem_vendor.to_le_bytes(),
-        );
+        space.set(SUBSYSTEM_VENDOR_ID, &identity.subsystem_vendor.to_le_bytes());
         space.set(SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
         let command = COMMAND_MEMORY_SPACE | COMMAND_BUS_MASTER | COMMAND_INTERRUPT_DISABLE;
         space.allow(COMMAND, &command.to_le_bytes());
@@ -147,11 +144,7 @@ impl Configuration {
         };
         let taken = |index| {
             self.bars.iter().any(|other| {
-                let count = if other.kind == BarKind::Memory64 {
-                    2
-                } else {
-                    1
-                };
+                let count = if other.kind == BarKind::Memory64 { 2 } else { 1 };
                 (other.index..other.index + count).contains(&index)
             })
         };
@@ -162,12 +155,7 @@ impl Configuration {
         if !fits || !sized {
             return Err(ConfigurationError::Bar(bar));
         }
-        let flags = flags
-            | if bar.prefetchable {
-                BAR_PREFETCHABLE
-            } else {
-                0
-            };
+        let flags = flags | if bar.prefetchable { BAR_PREFETCHABLE } else { 0 };
         let at = BASE_ADDRESS_0 + 4 * bar.index;
         self.set(at, &flags.to_le_bytes()[..4 * registers]);
         self.allow(at, &(!(bar.size - 1)).to_le_bytes()[..4 * registers]);
@@ -302,12 +290,7 @@ fn aligned(offset: u16, len: usize) -> Option<Range<usize>> {
 mod tests {
     use super::*;
 
-    const BAR_4: Bar = Bar {
-        index: 4,
-        kind: BarKind::Memory64,
-        prefetchable: true,
-        size: 1 << 33,
-    };
+    const BAR_4: Bar = Bar { index: 4, kind: BarKind::Memory64, prefetchable: true, size: 1 << 33 };
 
     fn space() -> Configuration {
         let mut space = Configuration::new(Identity {
@@ -316,12 +299,7 @@ mod tests {
             class: 0x018000,
             ..Identity::default()
         });
-        let bar_0 = Bar {
-            index: 0,
-            kind: BarKind::Memory32,
-            prefetchable: false,
-            size: 0x1000,
-        };
+        let bar_0 = Bar { index: 0, kind: BarKind::Memory32, prefetchable: false, size: 0x1000 };
         space.add_bar(bar_0).unwrap();
         space.add_bar(BAR_4).unwrap();
         space
@@ -357,15 +335,7 @@ mod tests {
     #[test]
     fn an_access_of_odd_size_or_place_has_no_effect() {
         let mut space = space();
-        for (offset, len) in [
-            (4, 3),
-            (4, 8),
-            (5, 2),
-            (2, 4),
-            (256, 1),
-            (0xffff, 1),
-            (4, 0),
-        ] {
+        for (offset, len) in [(4, 3), (4, 8), (5, 2), (2, 4), (256, 1), (0xffff, 1), (4, 0)] {
             space.write(offset, &[0xff; 8][..len]);
             let mut data = [0; 8];
             space.read(offset, &mut data[..len]);
@@ -392,27 +362,15 @@ mod tests {
     #[test]
     fn a_bar_that_cannot_be_is_refused() {
         let mut space = space();
-        let good = Bar {
-            index: 1,
-            kind: BarKind::Memory32,
-            prefetchable: false,
-            size: 16,
-        };
+        let good = Bar { index: 1, kind: BarKind::Memory32, prefetchable: false, size: 16 };
         for bad in [
             Bar { index: 0, ..good },
             Bar { index: 5, ..good },
             Bar { index: 6, ..good },
             Bar { size: 8, ..good },
             Bar { size: 24, ..good },
-            Bar {
-                size: 1 << 32,
-                ..good
-            },
-            Bar {
-                index: 3,
-                kind: BarKind::Memory64,
-                ..good
-            },
+            Bar { size: 1 << 32, ..good },
+            Bar { index: 3, kind: BarKind::Memory64, ..good },
         ] {
             assert_eq!(space.add_bar(bad), Err(ConfigurationError::Bar(bad)));
         }

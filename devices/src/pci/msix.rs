@@ -179,9 +179,9 @@ impl Msix {
             let first = usize::try_from(offset).unwrap_or(usize::MAX);
             let first = first.saturating_add(at).saturating_mul(8);
             let entries = self.entries.iter().skip(first).take(8);
-            *byte = entries.zip(0..).fold(0, |bits, (entry, bit)| {
-                bits | u8::from(lock(entry).pending) << bit
-            });
+            *byte = entries
+                .zip(0..)
+                .fold(0, |bits, (entry, bit)| bits | u8::from(lock(entry).pending) << bit);
         }
     }
 }
@@ -196,10 +196,8 @@ impl Entry {
     fn update(&mut self) {
         let open = self.open();
         let address = u64::from(self.words[1]) << 32 | u64::from(self.words[0]);
-        let message = (open && address & APIC_MASK == APIC_BASE).then_some(MsiMessage {
-            address,
-            data: self.words[2],
-        });
+        let message = (open && address & APIC_MASK == APIC_BASE)
+            .then_some(MsiMessage { address, data: self.words[2] });
         if message != self.connected {
             self.connected = match self.vector.connect(message) {
                 Ok(()) => message,
@@ -247,10 +245,7 @@ mod tests {
     }
 
     fn message(data: u32) -> Option<MsiMessage> {
-        Some(MsiMessage {
-            address: 0xfee0_1000,
-            data,
-        })
+        Some(MsiMessage { address: 0xfee0_1000, data })
     }
 
     #[test]
@@ -283,11 +278,7 @@ mod tests {
         assert_eq!(pending, [4, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(controller.triggers(), [0, 0, 0]);
         msix.write_table(0x2c, &0u32.to_le_bytes());
-        assert_eq!(
-            controller.triggers(),
-            [0, 0, 1],
-            "once, and after connecting"
-        );
+        assert_eq!(controller.triggers(), [0, 0, 1], "once, and after connecting");
         assert_eq!(controller.connections(2), [message(7), None, message(7)]);
         msix.read_pba(0, &mut pending);
         assert_eq!(pending, [0; 8]);
@@ -313,11 +304,7 @@ mod tests {
         program(&msix, 0, 1);
         for address in [0u64, 0xfed0_0000, 0xfef0_0000, 0x1_fee0_0000, u64::MAX] {
             msix.write_table(0, &address.to_le_bytes());
-            assert_eq!(
-                controller.connections(0).last(),
-                Some(&None),
-                "{address:#x}"
-            );
+            assert_eq!(controller.connections(0).last(), Some(&None), "{address:#x}");
             msix.trigger(0);
         }
         assert_eq!(controller.triggers(), [0, 0, 0]);

@@ -179,9 +179,7 @@ impl PciRoot {
             }
         }
         functions.push(function);
-        Ok(PciAddress {
-            device: device as u8,
-        })
+        Ok(PciAddress { device: device as u8 })
     }
 
     /// The memory-mapped configuration space ([`ECAM_SIZE`] bytes; PCI Express 3.0, 7.2.2) of bus 0.
@@ -191,18 +189,12 @@ impl PciRoot {
 
     /// The [`PORT_COUNT`] ports at 0xCF8 (PCI 3.0, 3.2.2.3.2).
     pub fn ports(&self) -> Arc<dyn BusDevice> {
-        Arc::new(Ports {
-            root: self.0.clone(),
-            address: AtomicU32::new(0),
-        })
+        Arc::new(Ports { root: self.0.clone(), address: AtomicU32::new(0) })
     }
 
     /// Everything in one of the windows; to be attached over all of it.
     pub fn mmio(&self, window: AddressWindow) -> Arc<dyn BusDevice> {
-        Arc::new(Mmio {
-            base: self.0.windows.range(window).start,
-            root: self.0.clone(),
-        })
+        Arc::new(Mmio { base: self.0.windows.range(window).start, root: self.0.clone() })
     }
 }
 
@@ -219,11 +211,7 @@ fn take_address(free: &mut AddressWindows, bar: Bar) -> Result<u64, RootError> {
             range.start = end;
             Ok(start)
         }
-        _ => Err(RootError::NoAddress {
-            bar: bar.index,
-            size: bar.size,
-            window,
-        }),
+        _ => Err(RootError::NoAddress { bar: bar.index, size: bar.size, window }),
     }
 }
 
@@ -325,10 +313,7 @@ impl Inner {
     fn is_free(&self, wanted: &Mapping, mappings: &[Mapping]) -> bool {
         let inside = |range: &Range<u64>| {
             wanted.start >= range.start
-                && wanted
-                    .start
-                    .checked_add(wanted.size)
-                    .is_some_and(|end| end <= range.end)
+                && wanted.start.checked_add(wanted.size).is_some_and(|end| end <= range.end)
         };
         (inside(&self.windows.mmio32) || inside(&self.windows.mmio64))
             && !mappings.iter().any(|mapping| mapping.overlaps(wanted))
@@ -413,9 +398,7 @@ impl BusDevice for Ports {
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (offset, <[u8; 4]>::try_from(data)) {
-            (0, Ok(bytes)) => self
-                .address
-                .store(u32::from_le_bytes(bytes), Ordering::Relaxed),
+            (0, Ok(bytes)) => self.address.store(u32::from_le_bytes(bytes), Ordering::Relaxed),
             (4.., _) => {
                 if let Some((device, register)) = self.target(offset) {
                     self.root.write_config(device, register, data);

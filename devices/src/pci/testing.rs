@@ -34,10 +34,7 @@ impl InterruptController for Controller {
         let mut triggers = lock(&self.0.triggers);
         triggers.push(0);
         lock(&self.0.connections).push(Vec::new());
-        Ok(Arc::new(Vector {
-            vectors: self.0.clone(),
-            index: triggers.len() - 1,
-        }))
+        Ok(Arc::new(Vector { vectors: self.0.clone(), index: triggers.len() - 1 }))
     }
 }
 

@@ -128,11 +128,7 @@ impl Share {
                 return Err(Errno::FBIG);
             }
             if !inode.is_regular() {
-                return Err(if inode.is_directory() {
-                    Errno::ISDIR
-                } else {
-                    Errno::INVAL
-                });
+                return Err(if inode.is_directory() { Errno::ISDIR } else { Errno::INVAL });
             }
         }
 
@@ -145,9 +141,8 @@ impl Share {
                 return Err(Errno::OPNOTSUPP);
             }
             let mode = Mode::from_raw_mode(change.mode & 0o7777);
-            self.host.by_path(&*inode, |proc_fd, path| {
-                chmodat(proc_fd, path, mode, AtFlags::empty())
-            })?;
+            self.host
+                .by_path(&*inode, |proc_fd, path| chmodat(proc_fd, path, mode, AtFlags::empty()))?;
         }
         if valid.contains(SetattrValid::SIZE) {
             let _kill = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
@@ -193,22 +188,14 @@ impl Share {
         } else {
             mode
         };
-        if wanted & !allowed == 0 {
-            Ok(())
-        } else {
-            Err(Errno::ACCES)
-        }
+        if wanted & !allowed == 0 { Ok(()) } else { Err(Errno::ACCES) }
     }
 
     /// # Errors
     ///
     /// `EROFS` for a read-only share.
     pub(super) fn check_writable(&self) -> Result<()> {
-        if self.options.read_only {
-            Err(Errno::ROFS)
-        } else {
-            Ok(())
-        }
+        if self.options.read_only { Err(Errno::ROFS) } else { Ok(()) }
     }
 }
 
@@ -218,11 +205,7 @@ fn encode_device(major: u32, minor: u32) -> u32 {
 }
 
 fn sx_time(tv_sec: i64, tv_nsec: u32) -> SxTime {
-    SxTime {
-        tv_sec,
-        tv_nsec,
-        reserved: 0,
-    }
+    SxTime { tv_sec, tv_nsec, reserved: 0 }
 }
 
 type Owner = (Option<Uid>, Option<Gid>);
@@ -254,10 +237,7 @@ fn timestamps(valid: SetattrValid, change: &SetattrIn) -> Result<Option<Timestam
         } else {
             return Err(Errno::INVAL);
         };
-        Ok(Timespec {
-            tv_sec: seconds as i64,
-            tv_nsec,
-        })
+        Ok(Timespec { tv_sec: seconds as i64, tv_nsec })
     };
     use SetattrValid as V;
     let last_access = time(V::ATIME, V::ATIME_NOW, change.atime, change.atimensec)?;
@@ -265,8 +245,5 @@ fn timestamps(valid: SetattrValid, change: &SetattrIn) -> Result<Option<Timestam
     if !valid.intersects(V::ATIME | V::ATIME_NOW | V::MTIME | V::MTIME_NOW) {
         return Ok(None);
     }
-    Ok(Some(Timestamps {
-        last_access,
-        last_modification,
-    }))
+    Ok(Some(Timestamps { last_access, last_modification }))
 }

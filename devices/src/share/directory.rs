@@ -31,10 +31,7 @@ impl Share {
         let inode = self.directory(caller.nodeid)?;
         let handle = self.handles.get(caller.nodeid, fh)?;
         let directory = handle.directory()?;
-        let mut position = directory
-            .position
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut position = directory.position.lock().unwrap_or_else(PoisonError::into_inner);
         // From the start even if it stands there: that is how rewinddir(3) asks for what is new.
         if *position != Some(offset) || offset == 0 {
             *position = None;

@@ -78,29 +78,19 @@ impl Share {
             CachePolicy::Auto => 0,
             CachePolicy::Always => FOPEN_KEEP_CACHE,
         };
-        Ok(OpenOut {
-            fh,
-            open_flags,
-            passthrough: 0,
-        })
+        Ok(OpenOut { fh, open_flags, passthrough: 0 })
     }
 
     pub(super) fn open_directory(&self, caller: Caller) -> Result<OpenOut> {
         let inode = self.directory(caller.nodeid)?;
-        let fd = self
-            .host
-            .reopen(&*inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let fd = self.host.reopen(&*inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let fh = self.handles.add_directory(caller.nodeid, fd)?;
         let open_flags = match self.options.cache {
             CachePolicy::Never => 0,
             CachePolicy::Auto => FOPEN_CACHE_DIR,
             CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
         };
-        Ok(OpenOut {
-            fh,
-            open_flags,
-            passthrough: 0,
-        })
+        Ok(OpenOut { fh, open_flags, passthrough: 0 })
     }
 
     /// READ. A short count is the end of the file to the guest, so it is only cut to the room there is.
@@ -150,11 +140,7 @@ impl Share {
         } else {
             handle.directory()?;
         }
-        let sync = if data_only {
-            fdatasync::<BorrowedFd<'_>>
-        } else {
-            fsync
-        };
+        let sync = if data_only { fdatasync::<BorrowedFd<'_>> } else { fsync };
         Ok(sync(handle.as_fd())?)
     }
 
@@ -166,9 +152,7 @@ impl Share {
             return Ok(());
         }
         inode.check_openable()?;
-        Ok(rustix::fs::syncfs(
-            self.host.reopen(&*inode, OFlags::RDONLY)?,
-        )?)
+        Ok(rustix::fs::syncfs(self.host.reopen(&*inode, OFlags::RDONLY)?)?)
     }
 
     pub(super) fn file_system(&self, caller: Caller) -> Result<Kstatfs> {
@@ -271,11 +255,7 @@ impl Share {
         if writable {
             self.check_writable()?;
         }
-        let flags = if writable {
-            OFlags::RDWR
-        } else {
-            OFlags::RDONLY
-        };
+        let flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
         self.host.reopen(&*inode, flags)
     }
 }

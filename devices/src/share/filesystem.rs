@@ -126,8 +126,7 @@ impl FileSystem for Share {
     }
 
     fn release(&self, caller: Caller, fh: u64) -> Result<()> {
-        self.handles
-            .close(caller.nodeid, fh, |handle| handle.file().is_ok())
+        self.handles.close(caller.nodeid, fh, |handle| handle.file().is_ok())
     }
 
     fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {
@@ -165,8 +164,7 @@ impl FileSystem for Share {
     }
 
     fn releasedir(&self, caller: Caller, fh: u64) -> Result<()> {
-        self.handles
-            .close(caller.nodeid, fh, |handle| handle.directory().is_ok())
+        self.handles.close(caller.nodeid, fh, |handle| handle.directory().is_ok())
     }
 
     fn fsyncdir(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {

@@ -75,9 +75,7 @@ pub(super) struct Handles {
 
 impl Handles {
     pub(super) fn new(most: usize) -> Self {
-        Self {
-            table: RwLock::new(Table::new(most)),
-        }
+        Self { table: RwLock::new(Table::new(most)) }
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Table<Handle>> {

@@ -13,9 +13,8 @@ use crate::fuse::Result;
 
 /// How a name is resolved: to an entry of the directory, or not at all. The decoder lets only single
 /// components through; this is the second wall.
-const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_MAGICLINKS)
-    .union(ResolveFlags::NO_SYMLINKS);
+const RESOLVE: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
 
 /// `openat2` with `RESOLVE_BENEATH` answers `EAGAIN` when a rename on the host raced with it. So many tries,
 /// then the guest is told.
@@ -46,12 +45,7 @@ fn open_beneath(directory: impl AsFd, name: &CStr, flags: OFlags, mode: Mode) ->
 
 /// Finds `name` in `directory`: an `O_PATH` descriptor of the entry itself, be it a symlink or a device.
 pub(super) fn find(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
-    open_beneath(
-        directory,
-        name,
-        OFlags::PATH | OFlags::NOFOLLOW,
-        Mode::empty(),
-    )
+    open_beneath(directory, name, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
 }
 
 /// Makes the regular file `name` in `directory` and opens it; never opens one that is there.
@@ -73,9 +67,7 @@ pub(super) fn create_unnamed(directory: impl AsFd, flags: OFlags, mode: Mode) ->
 impl Host {
     pub(super) fn new() -> Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self {
-            proc_fd: openat(CWD, c"/proc/self/fd", flags, Mode::empty())?,
-        })
+        Ok(Self { proc_fd: openat(CWD, c"/proc/self/fd", flags, Mode::empty())? })
     }
 
     /// Opens the file behind a descriptor once more, with other flags. The file is that very one, wherever

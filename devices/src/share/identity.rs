@@ -61,21 +61,13 @@ impl AsUser {
         // guard undoes it.
         let gid_before = sys::set_fsgid(gid);
         let uid_before = sys::set_fsuid(uid);
-        let guard = Self {
-            before: Some((uid_before, gid_before)),
-        };
+        let guard = Self { before: Some((uid_before, gid_before)) };
         if sys::fsgid() != gid || sys::fsuid() != uid {
             return Err(Errno::PERM);
         }
         if uid != 0 && !overrides.is_empty() {
             let now = capabilities(None)?;
-            set_capabilities(
-                None,
-                CapabilitySets {
-                    effective: now.effective | overrides,
-                    ..now
-                },
-            )?;
+            set_capabilities(None, CapabilitySets { effective: now.effective | overrides, ..now })?;
         }
         Ok(guard)
     }
@@ -120,10 +112,7 @@ impl WithoutFsetid {
         }
         set_capabilities(
             None,
-            CapabilitySets {
-                effective: now.effective - CapabilitySet::FSETID,
-                ..now
-            },
+            CapabilitySets { effective: now.effective - CapabilitySet::FSETID, ..now },
         )?;
         Ok(Self { before: Some(now) })
     }

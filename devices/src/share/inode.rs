@@ -67,9 +67,7 @@ impl Inode {
 
     fn count_lookup(&self) {
         // Saturates: a counter that wrapped would free a node that is in use.
-        let _ = self
-            .lookups
-            .fetch_update(Relaxed, Relaxed, |count| count.checked_add(1));
+        let _ = self.lookups.fetch_update(Relaxed, Relaxed, |count| count.checked_add(1));
     }
 }
 
@@ -92,12 +90,8 @@ pub(super) struct Inodes {
 impl Inodes {
     /// A table that has only the root.
     pub(super) fn new(root: OwnedFd, attributes: &Statx, most: usize) -> Self {
-        let inodes = Self {
-            state: RwLock::new(State {
-                table: Table::new(most),
-                by_key: HashMap::new(),
-            }),
-        };
+        let inodes =
+            Self { state: RwLock::new(State { table: Table::new(most), by_key: HashMap::new() }) };
         // Cannot fail: the table is empty and has room for at least one. Being the first, it is node 1.
         let _ = inodes.remember(root, attributes);
         inodes
@@ -192,8 +186,6 @@ impl Inodes {
 
 impl State {
     fn known(&self, key: &Key) -> Option<&Arc<Inode>> {
-        self.by_key
-            .get(key)
-            .and_then(|nodeid| self.table.get(*nodeid).ok())
+        self.by_key.get(key).and_then(|nodeid| self.table.get(*nodeid).ok())
     }
 }

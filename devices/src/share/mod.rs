@@ -67,13 +67,7 @@ impl Share {
         let attributes = host::stat(&root)?;
         // So that a host without openat2 is found out now and not by the guest.
         host.reopen(&root, OFlags::PATH)?;
-        rustix::fs::openat2(
-            &root,
-            ".",
-            flags,
-            Mode::empty(),
-            rustix::fs::ResolveFlags::BENEATH,
-        )?;
+        rustix::fs::openat2(&root, ".", flags, Mode::empty(), rustix::fs::ResolveFlags::BENEATH)?;
         let (inodes, handles) = options.caps();
         Ok(Self {
             switch_identity: options

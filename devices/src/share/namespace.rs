@@ -19,11 +19,7 @@ impl Share {
     /// The directory of an operation on a name.
     pub(super) fn directory(&self, nodeid: u64) -> Result<Arc<Inode>> {
         let inode = self.inodes.get(nodeid)?;
-        if inode.is_directory() {
-            Ok(inode)
-        } else {
-            Err(Errno::NOTDIR)
-        }
+        if inode.is_directory() { Ok(inode) } else { Err(Errno::NOTDIR) }
     }
 
     /// The same, of one that changes it.
@@ -126,9 +122,7 @@ impl Share {
         };
         let permissions = Mode::from_raw_mode(mode & 0o7777);
         let device = decode_device(rdev);
-        self.make(caller, name, |directory| {
-            mknodat(directory, name, kind, permissions, device)
-        })
+        self.make(caller, name, |directory| mknodat(directory, name, kind, permissions, device))
     }
 
     pub(super) fn remove(&self, caller: Caller, name: &CStr, flags: AtFlags) -> Result<()> {

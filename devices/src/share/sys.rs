@@ -1,8 +1,5 @@
 //! System calls that `rustix` has no safe form of.
-#![expect(
-    unsafe_code,
-    reason = "raw system calls on the calling thread's identity"
-)]
+#![expect(unsafe_code, reason = "raw system calls on the calling thread's identity")]
 
 use std::io;
 
@@ -41,9 +38,5 @@ pub(super) fn fsgid() -> u32 {
 pub(super) fn drop_groups() -> io::Result<()> {
     // SAFETY: a count of 0 reads nothing through the pointer.
     let result = unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

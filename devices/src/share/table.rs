@@ -32,12 +32,7 @@ fn parts(number: u64) -> Option<(u32, u32)> {
 impl<T> Table<T> {
     /// An empty table for at most `most` values.
     pub(super) fn new(most: usize) -> Self {
-        Self {
-            slots: Vec::new(),
-            free: Vec::new(),
-            live: 0,
-            most: most.min(u32::MAX as usize - 1),
-        }
+        Self { slots: Vec::new(), free: Vec::new(), live: 0, most: most.min(u32::MAX as usize - 1) }
     }
 
     pub(super) fn live(&self) -> usize {
@@ -57,10 +52,7 @@ impl<T> Table<T> {
             Some(index) => index,
             None => {
                 let index = u32::try_from(self.slots.len()).map_err(|_| Errno::NFILE)?;
-                self.slots.push(Slot {
-                    generation: 0,
-                    value: None,
-                });
+                self.slots.push(Slot { generation: 0, value: None });
                 index
             }
         };
@@ -112,10 +104,7 @@ impl<T> Table<T> {
             .filter(|(_, slot)| slot.value.as_deref().is_some_and(|value| !keep(value)))
             .map(|(index, slot)| number(index, slot.generation))
             .collect();
-        doomed
-            .into_iter()
-            .filter_map(|number| self.remove(number))
-            .collect()
+        doomed.into_iter().filter_map(|number| self.remove(number)).collect()
     }
 }
 

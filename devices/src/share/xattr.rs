@@ -24,9 +24,7 @@ fn allowed(name: &[u8]) -> bool {
 /// The answer to a caller who has room for `size` bytes.
 fn answer(value: Vec<u8>, size: u32) -> Result<XattrReply> {
     match size {
-        0 => Ok(XattrReply::Size(
-            u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?,
-        )),
+        0 => Ok(XattrReply::Size(u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?)),
         size if value.len() <= size as usize => Ok(XattrReply::Value(value)),
         _ => Err(Errno::RANGE),
     }

@@ -221,18 +221,9 @@ impl Queue {
             result.map_err(|_| RingError::Alignment(address))
         };
         let areas = rings;
-        place(
-            ring.try_set_desc_table_address(GuestAddress(areas.descriptors)),
-            areas.descriptors,
-        )?;
-        place(
-            ring.try_set_avail_ring_address(GuestAddress(areas.driver)),
-            areas.driver,
-        )?;
-        place(
-            ring.try_set_used_ring_address(GuestAddress(areas.device)),
-            areas.device,
-        )?;
+        place(ring.try_set_desc_table_address(GuestAddress(areas.descriptors)), areas.descriptors)?;
+        place(ring.try_set_avail_ring_address(GuestAddress(areas.driver)), areas.driver)?;
+        place(ring.try_set_used_ring_address(GuestAddress(areas.device)), areas.device)?;
         ring.set_event_idx(features & VIRTIO_RING_F_EVENT_IDX != 0);
         ring.set_ready(true);
         Ok(Self {
@@ -248,10 +239,7 @@ impl Queue {
     ///
     /// [`QueueError`]: the driver has broken the queue. Do not call again.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
-        let index = self
-            .ring
-            .avail_idx(memory, Ordering::Acquire)
-            .map_err(|_| QueueError::Ring)?;
+        let index = self.ring.avail_idx(memory, Ordering::Acquire).map_err(|_| QueueError::Ring)?;
         if index.0 == self.ring.next_avail() {
             return Ok(None);
         }
@@ -272,16 +260,9 @@ impl Queue {
 
     /// Follows a chain and sorts its buffers.
     fn walk<'m>(&self, memory: &'m GuestMemory, head: u16) -> Result<Chain<'m>, QueueError> {
-        let mut chain = Chain {
-            head,
-            readable: GuestBuffer::new(),
-            writable: GuestBuffer::new(),
-        };
-        let mut table = Table {
-            size: self.ring.size(),
-            address: self.ring.desc_table(),
-            indirect: None,
-        };
+        let mut chain = Chain { head, readable: GuestBuffer::new(), writable: GuestBuffer::new() };
+        let mut table =
+            Table { size: self.ring.size(), address: self.ring.desc_table(), indirect: None };
         let mut index = head;
         let mut left = self.ring.size();
         let mut bytes = 0u64;
@@ -342,11 +323,7 @@ impl Queue {
         entries
             .push(memory, descriptor.address, descriptor.len as usize)
             .map_err(QueueError::IndirectTable)?;
-        Ok(Table {
-            size,
-            address: self.ring.desc_table(),
-            indirect: Some(entries),
-        })
+        Ok(Table { size, address: self.ring.desc_table(), indirect: Some(entries) })
     }
 
     /// Gives a request back to the driver, with the number of bytes written to it. Tells nobody: see
@@ -365,9 +342,7 @@ impl Queue {
             Some(busy @ true) => *busy = false,
             _ => return Err(QueueError::NotInFlight(head)),
         }
-        self.ring
-            .add_used(memory, head, written)
-            .map_err(|_| QueueError::Ring)
+        self.ring.add_used(memory, head, written).map_err(|_| QueueError::Ring)
     }
 
     /// Whether the driver wants an interrupt for what was completed since the last call (2.7.7). To be
@@ -378,10 +353,7 @@ impl Queue {
     /// [`QueueError::Ring`].
     pub fn interrupt_wanted(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         // Also the barrier between what was written to the ring and what is read now.
-        let wanted = self
-            .ring
-            .needs_notification(memory)
-            .map_err(|_| QueueError::Ring)?;
+        let wanted = self.ring.needs_notification(memory).map_err(|_| QueueError::Ring)?;
         if self.ring.event_idx_enabled() {
             return Ok(wanted);
         }
@@ -397,9 +369,7 @@ impl Queue {
     ///
     /// [`QueueError::Ring`].
     pub fn disable_notification(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
-        self.ring
-            .disable_notification(memory)
-            .map_err(|_| QueueError::Ring)
+        self.ring.disable_notification(memory).map_err(|_| QueueError::Ring)
     }
 
     /// Asks the driver to notify of the next request. `true` means that requests came meanwhile, of which
@@ -409,9 +379,7 @@ impl Queue {
     ///
     /// [`QueueError::Ring`].
     pub fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        self.ring
-            .enable_notification(memory)
-            .map_err(|_| QueueError::Ring)
+        self.ring.enable_notification(memory).map_err(|_| QueueError::Ring)
     }
 }
 
@@ -423,9 +391,9 @@ impl Table<'_> {
         let mut bytes = [0; DESCRIPTOR_SIZE as usize];
         let offset = u64::from(index) * DESCRIPTOR_SIZE;
         match &self.indirect {
-            Some(entries) => entries
-                .read_at(offset as usize, &mut bytes)
-                .map_err(QueueError::IndirectTable)?,
+            Some(entries) => {
+                entries.read_at(offset as usize, &mut bytes).map_err(QueueError::IndirectTable)?
+            }
             None => {
                 let address = self.address.checked_add(offset).ok_or(QueueError::Ring)?;
                 memory

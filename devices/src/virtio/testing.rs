@@ -61,12 +61,7 @@ pub(super) struct DriverQueue {
 
 impl DriverQueue {
     pub(super) fn new(index: u16, size: u16) -> Self {
-        Self {
-            size,
-            base: 0x10_0000 + u64::from(index) * 0x1_0000,
-            available: 0,
-            used: 0,
-        }
+        Self { size, base: 0x10_0000 + u64::from(index) * 0x1_0000, available: 0, used: 0 }
     }
 
     pub(super) fn descriptors(&self) -> u64 {
@@ -105,9 +100,7 @@ impl DriverQueue {
 
     pub(super) fn set_available(&self, memory: &GuestMemory, index: u16) {
         let order = std::sync::atomic::Ordering::Release;
-        memory
-            .store(index, GuestAddress(self.driver() + 2), order)
-            .unwrap();
+        memory.store(index, GuestAddress(self.driver() + 2), order).unwrap();
     }
 
     /// `used_event`: interrupt when the used index passes this.
@@ -309,11 +302,8 @@ impl Driver {
         self.write::<2>(QUEUE_SELECT, index.into());
         self.write::<2>(QUEUE_SIZE, size.into());
         self.write::<2>(QUEUE_VECTOR, u64::from(index) + 1);
-        for (at, address) in [
-            (32, queue.descriptors()),
-            (40, queue.driver()),
-            (48, queue.device()),
-        ] {
+        for (at, address) in [(32, queue.descriptors()), (40, queue.driver()), (48, queue.device())]
+        {
             self.write::<4>(at, address & 0xffff_ffff);
             self.write::<4>(at + 4, address >> 32);
         }
@@ -346,9 +336,7 @@ impl Driver {
     pub(super) fn start(&self, features: u64, queues: &[(u16, u16)]) -> Vec<DriverQueue> {
         self.negotiate(features);
         self.enable_interrupts();
-        let queues = queues
-            .iter()
-            .map(|(index, size)| self.enable(*index, *size));
+        let queues = queues.iter().map(|(index, size)| self.enable(*index, *size));
         let queues = queues.collect();
         self.set_status(15);
         assert_eq!(self.status(), 15);

@@ -55,7 +55,8 @@ pub fn check(_: &CheckArgs) -> Result<u8> {
             let path = kernel.file.path.display();
             report.good("kernel", format_args!("{path} ({:?}, {size} MiB)", kernel.file.format));
             if kernel.modules.is_none() {
-                report.note("modules", "none beside the kernel; overlay and vsock must be built in");
+                report
+                    .note("modules", "none beside the kernel; overlay and vsock must be built in");
             }
         }
         Err(error) => report.missing("kernel", format_args!("{error:#}")),

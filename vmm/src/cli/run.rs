@@ -140,16 +140,23 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
     }
     let foreign = args.initrd.is_some();
     if foreign && (!args.env.is_empty() || args.user.is_some() || args.workdir != "/") {
-        return usage("--initrd: --env, --user and --workdir are for Oriel's own init; leave them".into());
+        return usage(
+            "--initrd: --env, --user and --workdir are for Oriel's own init; leave them".into(),
+        );
     }
     let root = args.root.as_ref();
     if foreign && root.is_some_and(|root| root.options.overlay) {
-        return usage("--root …,overlay: only Oriel's own init makes the overlay; leave --initrd".into());
+        return usage(
+            "--root …,overlay: only Oriel's own init makes the overlay; leave --initrd".into(),
+        );
     }
     let mut paths: Vec<&str> = Vec::new();
     for share in &args.shares {
         if paths.contains(&share.guest.as_str()) {
-            return usage(format!("--share …:{}: two shares are mounted there; move one", share.guest));
+            return usage(format!(
+                "--share …:{}: two shares are mounted there; move one",
+                share.guest
+            ));
         }
         paths.push(&share.guest);
     }

@@ -29,7 +29,9 @@ pub fn size(text: &str) -> Result<u64, String> {
 fn size_in_units(text: &str) -> Result<u64, String> {
     let size = size(text)?;
     if size == 0 || !size.is_multiple_of(SIZE_UNIT) {
-        return Err(format!("{text:?} is not a multiple of 2 MiB; round it to one, for example 64M"));
+        return Err(format!(
+            "{text:?} is not a multiple of 2 MiB; round it to one, for example 64M"
+        ));
     }
     Ok(size)
 }
@@ -229,7 +231,9 @@ impl FromStr for RootArg {
         }
         let options = ShareOptions::parse(options, true)?;
         if options.overlay && options.read_only {
-            return Err("an overlay is for writing and ro is against it; leave one of the two".into());
+            return Err(
+                "an overlay is for writing and ro is against it; leave one of the two".into()
+            );
         }
         Ok(Self { host: host.into(), options })
     }
@@ -309,7 +313,8 @@ mod tests {
         let share: ShareArg = "./src:/src".parse().unwrap();
         assert_eq!((share.host.as_path(), share.guest.as_str()), (Path::new("./src"), "/src"));
         assert_eq!(share.options.dax, Dax::Inode);
-        let share: ShareArg = "a:/b:ro,tag=t,cache=never,dax=always,window=4M,queues=2".parse().unwrap();
+        let share: ShareArg =
+            "a:/b:ro,tag=t,cache=never,dax=always,window=4M,queues=2".parse().unwrap();
         let expected = ShareOptions {
             read_only: true,
             tag: Some("t".into()),

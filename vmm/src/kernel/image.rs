@@ -68,7 +68,8 @@ impl KernelFile {
     /// One line that says what it is not.
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display();
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read the kernel {name}"))?;
+        let bytes =
+            std::fs::read(path).with_context(|| format!("cannot read the kernel {name}"))?;
         let format = Self::detect(&bytes).with_context(|| {
             format!("{name} is no kernel for this machine; name a vmlinux or a bzImage for x86-64")
         })?;
@@ -84,7 +85,10 @@ impl KernelFile {
         let word = |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
         if bytes.starts_with(ELF_MAGIC) {
             ensure!(bytes.get(4) == Some(&ELF_CLASS_64), "it is a 32-bit ELF file");
-            ensure!(word(18) == Some(ELF_MACHINE_X86_64), "it is an ELF file for another processor");
+            ensure!(
+                word(18) == Some(ELF_MACHINE_X86_64),
+                "it is an ELF file for another processor"
+            );
             return Ok(Format::Vmlinux);
         }
         let magic = bytes.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + HEADER_MAGIC.len());
@@ -183,7 +187,9 @@ impl BootImage {
 }
 
 fn load_error(name: &dyn std::fmt::Display, error: &linux_loader::loader::Error) -> anyhow::Error {
-    anyhow::anyhow!("the kernel {name} cannot be loaded ({error}); give --memory more, or another kernel")
+    anyhow::anyhow!(
+        "the kernel {name} cannot be loaded ({error}); give --memory more, or another kernel"
+    )
 }
 
 /// The e820 map: RAM region by region, without the PC's holes and the last page of each.

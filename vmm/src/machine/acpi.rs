@@ -6,7 +6,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -156,10 +158,8 @@ fn dsdt(mmio64: &Range<u64>) -> Vec<u8> {
     let unique = Name::new("_UID".into(), &zero);
     let resources = ResourceTemplate::new(windows);
     let resources = Name::new("_CRS".into(), &resources);
-    let root = Device::new(
-        "PCI0".into(),
-        vec![&hid, &cid, &segment, &base_bus, &unique, &resources],
-    );
+    let root =
+        Device::new("PCI0".into(), vec![&hid, &cid, &segment, &base_bus, &unique, &resources]);
     let mut system_bus = encode(&Scope::new("\\_SB_".into(), vec![&root]));
     for (index, (base, line)) in layout::SERIAL.into_iter().enumerate() {
         system_bus.extend(serial_port(index as u8, base, line));

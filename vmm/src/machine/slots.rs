@@ -30,8 +30,7 @@ impl Slots {
     ///
     /// KVM's.
     pub fn new(vm: Arc<VmFd>, memory: GuestMemory) -> Result<Arc<Self>> {
-        let slots =
-            Self { vm, memory: AtomicGuestMemory::new(memory), next: AtomicU32::new(0) };
+        let slots = Self { vm, memory: AtomicGuestMemory::new(memory), next: AtomicU32::new(0) };
         for region in slots.memory.memory().iter() {
             let slot = slots.next.fetch_add(1, Ordering::Relaxed);
             let address = region.start_addr();

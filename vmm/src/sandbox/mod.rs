@@ -16,9 +16,7 @@ use devices::fuse::Session;
 use devices::serial::SerialPort;
 use devices::share::{self, CachePolicy, DaxPolicy, Share};
 use devices::virtio::fs;
-use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
-};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use indicatif::{ProgressBar, ProgressStyle};
 use oriel_init::protocol::{Dax, FromGuest, FromHost};
 use rustix::process::Signal;
@@ -76,7 +74,8 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     rustix::process::umask(rustix::fs::Mode::empty());
 
     let progress = Progress::start();
-    let image = plan::boot_image(args, kernel::find(args.kernel.as_deref(), !args.no_unpack)?, &shares)?;
+    let image =
+        plan::boot_image(args, kernel::find(args.kernel.as_deref(), !args.no_unpack)?, &shares)?;
 
     let (sender, events) = channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("eventfd")?);
@@ -106,9 +105,9 @@ pub fn run(args: &RunArgs) -> Result<u8> {
 
     let foreign = args.initrd.is_some();
     let messages = (!foreign).then(|| machine.serial(MESSAGE_PORT).clone());
-    let mut input = args.interactive.then(|| {
-        machine.serial(if foreign { CONSOLE_PORT } else { COMMAND_PORT }).clone()
-    });
+    let mut input = args
+        .interactive
+        .then(|| machine.serial(if foreign { CONSOLE_PORT } else { COMMAND_PORT }).clone());
     // A foreign init says nothing when it is ready: its console takes input from the start.
     if foreign && let Some(port) = input.take() {
         forward_input(port, None)?;
@@ -425,7 +424,8 @@ struct Progress {
 impl Progress {
     fn start() -> Self {
         let bar = ProgressBar::no_length();
-        if let Ok(style) = ProgressStyle::with_template("{spinner} booting the sandbox ({elapsed})") {
+        if let Ok(style) = ProgressStyle::with_template("{spinner} booting the sandbox ({elapsed})")
+        {
             bar.set_style(style);
         }
         bar.enable_steady_tick(PROGRESS_AFTER);

@@ -32,7 +32,8 @@ pub struct PlannedShare {
 /// Two equal tags; a directory that is not there or is not one.
 pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
     let mut planned: Vec<PlannedShare> = Vec::new();
-    let root = args.root.iter().map(|root| ("--root", &root.host, &root.options, ROOT_TAG.to_string()));
+    let root =
+        args.root.iter().map(|root| ("--root", &root.host, &root.options, ROOT_TAG.to_string()));
     let shares = args.shares.iter().enumerate();
     let shares = shares
         .map(|(index, share)| ("--share", &share.host, &share.options, format!("share{index}")));
@@ -52,7 +53,8 @@ pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
 }
 
 fn check_directory(path: &Path) -> Result<()> {
-    let metadata = std::fs::metadata(path).context("name a directory that exists and may be read")?;
+    let metadata =
+        std::fs::metadata(path).context("name a directory that exists and may be read")?;
     if !metadata.is_dir() {
         bail!("this is not a directory; name the directory that holds it");
     }
@@ -101,7 +103,9 @@ fn dax_option(share: &PlannedShare) -> &'static str {
 fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Result<Vec<u8>> {
     let assets = Assets::find()?;
     if args.root.is_none() && assets.busybox.is_none() {
-        bail!("there is no busybox for a guest without --root; run kernel-config/fetch, or give a --root");
+        bail!(
+            "there is no busybox for a guest without --root; run kernel-config/fetch, or give a --root"
+        );
     }
     let overlay = args.root.as_ref().is_some_and(|root| root.options.overlay);
     let modules = match &kernel.modules {
@@ -135,7 +139,8 @@ fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Conf
         let share = share(planned.next()?, "/");
         Some(Root { share, overlay: options.overlay })
     });
-    let shares = planned.zip(&args.shares).map(|(planned, arg)| share(planned, &arg.guest)).collect();
+    let shares =
+        planned.zip(&args.shares).map(|(planned, arg)| share(planned, &arg.guest)).collect();
     let args_or_shell = match args.command.as_slice() {
         [] => vec!["sh".to_string()],
         command => command.to_vec(),
@@ -192,7 +197,8 @@ mod tests {
 
     #[test]
     fn tags_are_given_and_never_twice() {
-        let planned = shares(&args(&["--root", "/", "-v", "/tmp:/t", "-v", "/tmp:/u:tag=x"])).unwrap();
+        let planned =
+            shares(&args(&["--root", "/", "-v", "/tmp:/t", "-v", "/tmp:/u:tag=x"])).unwrap();
         let tags: Vec<_> = planned.iter().map(|share| share.tag.as_str()).collect();
         assert_eq!(tags, ["root", "share0", "x"]);
         let error = shares(&args(&["-v", "/tmp:/t:tag=x", "-v", "/tmp:/u:tag=x"])).err().unwrap();
@@ -209,7 +215,8 @@ mod tests {
 
     #[test]
     fn the_last_value_of_a_variable_counts() {
-        let env = environment(&args(&["-e", "A=1", "-e", "PATH=/x", "-e", "A=2", "-e", "NOT_SET_HERE"]));
+        let env =
+            environment(&args(&["-e", "A=1", "-e", "PATH=/x", "-e", "A=2", "-e", "NOT_SET_HERE"]));
         assert_eq!(env, ["HOSTNAME=oriel", "PATH=/x", "A=2"]);
     }
 

@@ -28,32 +28,15 @@ impl PciFunction for Function {
 }
 
 fn function(slot: Option<Arc<Slot>>) -> Arc<Function> {
-    let mut configuration = Configuration::new(Identity {
-        vendor: 0x1234,
-        device: 0x5678,
-        ..Identity::default()
-    });
+    let mut configuration =
+        Configuration::new(Identity { vendor: 0x1234, device: 0x5678, ..Identity::default() });
     configuration
-        .add_bar(Bar {
-            index: 0,
-            kind: BarKind::Memory32,
-            prefetchable: false,
-            size: 0x1000,
-        })
+        .add_bar(Bar { index: 0, kind: BarKind::Memory32, prefetchable: false, size: 0x1000 })
         .unwrap();
     configuration
-        .add_bar(Bar {
-            index: 4,
-            kind: BarKind::Memory64,
-            prefetchable: true,
-            size: 0x20_0000,
-        })
+        .add_bar(Bar { index: 4, kind: BarKind::Memory64, prefetchable: true, size: 0x20_0000 })
         .unwrap();
-    Arc::new(Function {
-        configuration: Mutex::new(configuration),
-        written: Mutex::default(),
-        slot,
-    })
+    Arc::new(Function { configuration: Mutex::new(configuration), written: Mutex::default(), slot })
 }
 
 fn root() -> PciRoot {
@@ -109,20 +92,9 @@ fn both_doors_lead_to_the_same_registers() {
 fn what_is_not_there_reads_as_ones() {
     let root = root();
     root.add(function(None)).unwrap();
-    for (device, offset) in [
-        (2, 0),
-        (31, 0),
-        (1, 0x100),
-        (1, 0xffc),
-        (1, 0x1000),
-        (1, 0x7000),
-    ] {
+    for (device, offset) in [(2, 0), (31, 0), (1, 0x100), (1, 0xffc), (1, 0x1000), (1, 0x7000)] {
         config(&root, device, offset, &[0xff; 4]);
-        assert_eq!(
-            config32(&root, device, offset),
-            u32::MAX,
-            "{device} {offset:#x}"
-        );
+        assert_eq!(config32(&root, device, offset), u32::MAX, "{device} {offset:#x}");
     }
     let ports = root.ports();
     // Not enabled; another bus; another function; another device.
@@ -206,13 +178,11 @@ fn a_bar_on_another_waits_until_that_one_moves() {
     config(&root, 2, 4, &[2, 0]);
     let address = config32(&root, 1, 0x10);
     config(&root, 2, 0x10, &address.to_le_bytes());
-    root.mmio(AddressWindow::Mmio32)
-        .write(u64::from(address) - MMIO32 - 0x10, &[1]);
+    root.mmio(AddressWindow::Mmio32).write(u64::from(address) - MMIO32 - 0x10, &[1]);
     assert_eq!(lock(&first.written).len(), 1);
     assert_eq!(lock(&second.written).len(), 0);
     config(&root, 1, 4, &[0, 0]);
-    root.mmio(AddressWindow::Mmio32)
-        .write(u64::from(address) - MMIO32 - 0x10, &[1]);
+    root.mmio(AddressWindow::Mmio32).write(u64::from(address) - MMIO32 - 0x10, &[1]);
     assert_eq!(lock(&second.written).len(), 1);
 }
 
@@ -264,10 +234,6 @@ fn a_full_bus_and_a_full_window_are_errors() {
         mmio64: MMIO64..MMIO64 + 0x1000,
     });
     let error = small.add(function(None)).unwrap_err();
-    let expected = RootError::NoAddress {
-        bar: 4,
-        size: 0x20_0000,
-        window: AddressWindow::Mmio64,
-    };
+    let expected = RootError::NoAddress { bar: 4, size: 0x20_0000, window: AddressWindow::Mmio64 };
     assert_eq!(error, expected);
 }

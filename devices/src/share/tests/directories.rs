@@ -24,13 +24,7 @@ fn a_large_directory_is_listed_whole_with_small_buffers() {
         std::os::unix::fs::symlink("x", guest.path().join(name)).unwrap();
     }
     let fh = guest.opendir(ROOT_ID);
-    for (plus, size) in [
-        (false, 300),
-        (false, 4096),
-        (true, 300),
-        (true, 4096),
-        (true, 1 << 20),
-    ] {
+    for (plus, size) in [(false, 300), (false, 4096), (true, 300), (true, 4096), (true, 1 << 20)] {
         if plus
             && rustix::process::getrlimit(rustix::process::Resource::Nofile).current < Some(2000)
         {
@@ -96,12 +90,7 @@ fn a_name_that_vanishes_takes_no_other_with_it() {
         offset = last.next;
         listed.extend(part.into_iter().map(|name| name.name));
     }
-    assert!(
-        rest.iter()
-            .skip(1)
-            .step_by(2)
-            .all(|name| listed.contains(name.as_bytes()))
-    );
+    assert!(rest.iter().skip(1).step_by(2).all(|name| listed.contains(name.as_bytes())));
 }
 
 #[test]
@@ -123,21 +112,12 @@ fn cookies_and_sizes_that_the_guest_made_up_are_harmless() {
         let _ = guest.list(true, ROOT_ID, fh, offset, 4096);
     }
     for size in [0, 1, 23, 31] {
-        assert_eq!(
-            guest.list(false, ROOT_ID, fh, 0, size).unwrap_err(),
-            libc::EINVAL
-        );
+        assert_eq!(guest.list(false, ROOT_ID, fh, 0, size).unwrap_err(), libc::EINVAL);
     }
     assert_eq!(guest.list(false, ROOT_ID, fh, 0, 32).unwrap().len(), 1);
-    assert_eq!(
-        guest.list(false, ROOT_ID, fh, 0, u32::MAX).unwrap().len(),
-        3
-    );
+    assert_eq!(guest.list(false, ROOT_ID, fh, 0, u32::MAX).unwrap().len(), 3);
     guest.room = 16 + 40;
-    assert_eq!(
-        guest.list(false, ROOT_ID, fh, 0, u32::MAX).unwrap().len(),
-        1
-    );
+    assert_eq!(guest.list(false, ROOT_ID, fh, 0, u32::MAX).unwrap().len(), 1);
     assert_eq!(all(&guest, false, fh, 4096).len(), 3);
 }
 
@@ -145,13 +125,8 @@ fn cookies_and_sizes_that_the_guest_made_up_are_harmless() {
 fn directories_are_synced_and_are_no_files() {
     let guest = Guest::new();
     let fh = guest.opendir(ROOT_ID);
-    let body = FsyncIn {
-        fh,
-        ..FsyncIn::default()
-    };
-    guest
-        .call(Opcode::Fsyncdir, ROOT_ID, &[body.as_slice()])
-        .ok();
+    let body = FsyncIn { fh, ..FsyncIn::default() };
+    guest.call(Opcode::Fsyncdir, ROOT_ID, &[body.as_slice()]).ok();
     let answer = guest.call(Opcode::Fsync, ROOT_ID, &[body.as_slice()]);
     assert_eq!(answer.error, libc::EBADF);
     std::fs::write(guest.path().join("file"), "").unwrap();

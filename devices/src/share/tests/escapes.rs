@@ -29,10 +29,7 @@ fn a_symlink_is_an_entry_and_never_a_way() {
         assert_eq!(answer.error, libc::ENOTDIR);
         assert_eq!(guest.setup(entry.nodeid, 0, 4096, 2, 0).error, libc::EINVAL);
         // Truncation, too, is of the entry itself.
-        let change = SetattrIn {
-            valid: SetattrValid::SIZE.bits(),
-            ..SetattrIn::default()
-        };
+        let change = SetattrIn { valid: SetattrValid::SIZE.bits(), ..SetattrIn::default() };
         assert_eq!(guest.setattr(entry.nodeid, change).error, libc::EINVAL);
     }
     assert!(std::fs::read_dir(outside.path()).unwrap().count() == 1);
@@ -57,18 +54,12 @@ fn create_never_goes_through_a_symlink_whatever_the_flags() {
             libc::O_RDWR | libc::O_CREAT | libc::O_NOFOLLOW,
         ] {
             let answer = guest.create(ROOT_ID, "dangling", flags, 0o644);
-            assert!(
-                [libc::EEXIST, libc::ESTALE].contains(&answer.error),
-                "{flags:#x}"
-            );
+            assert!([libc::EEXIST, libc::ESTALE].contains(&answer.error), "{flags:#x}");
         }
         assert_eq!(target.exists(), exists);
     }
     assert_eq!(std::fs::read(&target).unwrap(), b"keep");
-    assert_eq!(
-        (guest.share.live_inodes(), guest.share.live_handles()),
-        (1, 0)
-    );
+    assert_eq!((guest.share.live_inodes(), guest.share.live_handles()), (1, 0));
 }
 
 #[test]

@@ -13,19 +13,9 @@ fn create_makes_opens_and_names_a_file() {
     let (entry, open): (EntryOut, OpenOut) = (answer.part(0), answer.part(128));
     assert_eq!(entry.attr.mode, libc::S_IFREG | 0o640);
     assert_eq!(entry.attr.flags, ATTR_DAX);
-    assert_eq!(
-        guest
-            .write(entry.nodeid, open.fh, 0, b"abc")
-            .get::<WriteOut>()
-            .size,
-        3
-    );
+    assert_eq!(guest.write(entry.nodeid, open.fh, 0, b"abc").get::<WriteOut>().size, 3);
     assert_eq!(content(&guest), b"abc");
-    assert_eq!(
-        guest.read(entry.nodeid, open.fh, 0, 3).error,
-        libc::EBADF,
-        "write-only"
-    );
+    assert_eq!(guest.read(entry.nodeid, open.fh, 0, 3).error, libc::EBADF, "write-only");
     assert_eq!(guest.node("file"), entry.nodeid);
 
     // There already: opened, or refused, as the guest asked; truncated only on request.
@@ -37,10 +27,7 @@ fn create_makes_opens_and_names_a_file() {
     assert_eq!(answer.part::<EntryOut>(0).nodeid, entry.nodeid);
     assert_eq!(content(&guest), b"");
     std::fs::create_dir(guest.path().join("d")).unwrap();
-    assert_eq!(
-        guest.create(ROOT_ID, "d", libc::O_RDWR, 0o600).error,
-        libc::EISDIR
-    );
+    assert_eq!(guest.create(ROOT_ID, "d", libc::O_RDWR, 0o600).error, libc::EISDIR);
 }
 
 #[test]
@@ -74,12 +61,7 @@ fn reads_are_cut_at_the_end_of_the_file_and_at_the_room_there_is() {
     assert_eq!(guest.read(node, fh, 99_990, 100).body, &data[99_990..]);
     assert_eq!(guest.read(node, fh, 100_000, 100).body, b"");
     assert_eq!(guest.read(node, fh, 5, 0).body, b"");
-    for (offset, size) in [
-        (u64::MAX, 1),
-        (i64::MAX as u64, 1),
-        (1 << 63, 0),
-        (u64::MAX - 5, 6),
-    ] {
+    for (offset, size) in [(u64::MAX, 1), (i64::MAX as u64, 1), (1 << 63, 0), (u64::MAX - 5, 6)] {
         assert_eq!(guest.read(node, fh, offset, size).error, libc::EINVAL);
     }
     guest.room = 16 + 10;
@@ -94,11 +76,7 @@ fn a_write_whose_size_is_not_that_of_its_data_is_refused() {
     let node = file(&guest, b"before");
     let fh = guest.fh(node, libc::O_RDWR);
     for size in [0, 2, 4, 1 << 20, u32::MAX] {
-        let body = WriteIn {
-            fh,
-            size,
-            ..WriteIn::default()
-        };
+        let body = WriteIn { fh, size, ..WriteIn::default() };
         let answer = guest.call(Opcode::Write, node, &[body.as_slice(), b"xxx"]);
         assert_eq!(answer.error, libc::EINVAL, "{size}");
     }
@@ -107,10 +85,7 @@ fn a_write_whose_size_is_not_that_of_its_data_is_refused() {
     }
     assert_eq!(content(&guest), b"before");
     let largest = vec![7; MAX_WRITE as usize];
-    assert_eq!(
-        guest.write(node, fh, 0, &largest).get::<WriteOut>().size,
-        MAX_WRITE
-    );
+    assert_eq!(guest.write(node, fh, 0, &largest).get::<WriteOut>().size, MAX_WRITE);
     assert_eq!(content(&guest), largest);
     let read_only = guest.fh(node, libc::O_RDONLY);
     assert_eq!(guest.write(node, read_only, 0, b"x").error, libc::EBADF);
@@ -137,25 +112,11 @@ fn appends_go_to_the_end_as_it_is_on_the_host() {
     let fh = guest.fh(node, flags);
     // The guest still believes in the old end; the host has appended meanwhile.
     std::fs::write(guest.path().join("file"), "one two ").unwrap();
-    assert_eq!(
-        guest
-            .write_with(node, fh, 4, b"three", flags, 0)
-            .get::<WriteOut>()
-            .size,
-        5
-    );
+    assert_eq!(guest.write_with(node, fh, 4, b"three", flags, 0).get::<WriteOut>().size, 5);
     assert_eq!(content(&guest), b"one two three");
     // A page of the guest's cache goes to its place, through whatever handle.
-    assert_eq!(
-        guest
-            .write_with(node, fh, 0, b"ONE", flags, WRITE_CACHE)
-            .error,
-        0
-    );
-    assert_eq!(
-        guest.write_with(node, fh, 4, b"TWO", 0, WRITE_CACHE).error,
-        0
-    );
+    assert_eq!(guest.write_with(node, fh, 0, b"ONE", flags, WRITE_CACHE).error, 0);
+    assert_eq!(guest.write_with(node, fh, 4, b"TWO", 0, WRITE_CACHE).error, 0);
     assert_eq!(content(&guest), b"ONE TWO three");
 }
 
@@ -163,28 +124,16 @@ fn appends_go_to_the_end_as_it_is_on_the_host() {
 fn open_tells_the_guest_what_it_may_cache() {
     for (cache, file_flags, dir_flags, seconds) in [
         (CachePolicy::Never, FOPEN_DIRECT_IO, 0, 0),
-        (
-            CachePolicy::Metadata,
-            FOPEN_DIRECT_IO,
-            FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
-            86400,
-        ),
+        (CachePolicy::Metadata, FOPEN_DIRECT_IO, FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE, 86400),
         (CachePolicy::Auto, 0, FOPEN_CACHE_DIR, 1),
-        (
-            CachePolicy::Always,
-            FOPEN_KEEP_CACHE,
-            FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
-            86400,
-        ),
+        (CachePolicy::Always, FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE, 86400),
     ] {
         let guest = Guest::with(|options| options.cache = cache);
         let node = file(&guest, b"");
         let open: OpenOut = guest.open(node, libc::O_RDONLY).get();
         assert_eq!(open.open_flags, file_flags, "{cache:?}");
         let body = OpenIn::default();
-        let open: OpenOut = guest
-            .call(Opcode::Opendir, ROOT_ID, &[body.as_slice()])
-            .get();
+        let open: OpenOut = guest.call(Opcode::Opendir, ROOT_ID, &[body.as_slice()]).get();
         assert_eq!(open.open_flags, dir_flags, "{cache:?}");
         let entry: EntryOut = guest.lookup(ROOT_ID, "file").get();
         assert_eq!((entry.entry_valid, entry.attr_valid), (seconds, seconds));
@@ -206,17 +155,10 @@ fn the_rest_of_a_files_operations_work() {
     let guest = Guest::new();
     let node = file(&guest, b"0123456789");
     let fh = guest.fh(node, libc::O_RDWR);
-    let flush = FlushIn {
-        fh,
-        ..FlushIn::default()
-    };
+    let flush = FlushIn { fh, ..FlushIn::default() };
     guest.call(Opcode::Flush, node, &[flush.as_slice()]).ok();
     for fsync_flags in [0, FSYNC_FDATASYNC] {
-        let body = FsyncIn {
-            fh,
-            fsync_flags,
-            padding: 0,
-        };
+        let body = FsyncIn { fh, fsync_flags, padding: 0 };
         guest.call(Opcode::Fsync, node, &[body.as_slice()]).ok();
     }
     fallocate(&guest, node, fh, 0, 0, 20).ok();
@@ -224,31 +166,15 @@ fn the_rest_of_a_files_operations_work() {
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     fallocate(&guest, node, fh, punch, 0, 5).ok();
     assert_eq!(&content(&guest)[..10], b"\0\0\0\0\x0056789");
-    for mode in [
-        libc::FALLOC_FL_COLLAPSE_RANGE,
-        libc::FALLOC_FL_INSERT_RANGE,
-        1 << 20,
-        -1,
-    ] {
-        assert_eq!(
-            fallocate(&guest, node, fh, mode, 0, 4096).error,
-            libc::EOPNOTSUPP
-        );
+    for mode in [libc::FALLOC_FL_COLLAPSE_RANGE, libc::FALLOC_FL_INSERT_RANGE, 1 << 20, -1] {
+        assert_eq!(fallocate(&guest, node, fh, mode, 0, 4096).error, libc::EOPNOTSUPP);
     }
     for (offset, length) in [(0, 0), (0, u64::MAX), (u64::MAX, 1), (i64::MAX as u64, 1)] {
-        assert_eq!(
-            fallocate(&guest, node, fh, 0, offset, length).error,
-            libc::EINVAL
-        );
+        assert_eq!(fallocate(&guest, node, fh, 0, offset, length).error, libc::EINVAL);
     }
 
     let lseek = |whence: i32, offset| {
-        let body = LseekIn {
-            fh,
-            offset,
-            whence: whence as u32,
-            padding: 0,
-        };
+        let body = LseekIn { fh, offset, whence: whence as u32, padding: 0 };
         guest.call(Opcode::Lseek, node, &[body.as_slice()])
     };
     assert_eq!(lseek(libc::SEEK_HOLE, 0).error, 0);
@@ -306,13 +232,7 @@ fn ioctls_are_refused_but_the_one_that_lsattr_needs() {
     let node = file(&guest, b"");
     let fh = guest.fh(node, libc::O_RDONLY);
     let ioctl = |cmd, in_size, out_size, data: &[u8]| {
-        let body = IoctlIn {
-            fh,
-            cmd,
-            in_size,
-            out_size,
-            ..IoctlIn::default()
-        };
+        let body = IoctlIn { fh, cmd, in_size, out_size, ..IoctlIn::default() };
         guest.call(Opcode::Ioctl, node, &[body.as_slice(), data])
     };
     let answer = ioctl(0x8008_6601, 0, 4, b"");

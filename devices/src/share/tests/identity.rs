@@ -79,29 +79,18 @@ fn suid_and_sgid_go_when_the_guest_says_that_its_process_may_not_keep_them() {
     let mode = || owner(&guest, "file").2;
 
     chmod(&guest, "file", 0o6755);
-    assert_eq!(
-        guest
-            .write_with(node, fh, 0, b"x", 0, WRITE_KILL_SUIDGID)
-            .error,
-        0
-    );
+    assert_eq!(guest.write_with(node, fh, 0, b"x", 0, WRITE_KILL_SUIDGID).error, 0);
     assert_eq!(mode(), 0o755);
 
     chmod(&guest, "file", 0o6755);
     let valid = (SetattrValid::SIZE | SetattrValid::KILL_SUIDGID).bits();
-    let change = SetattrIn {
-        valid,
-        size: 2,
-        ..SetattrIn::default()
-    };
+    let change = SetattrIn { valid, size: 2, ..SetattrIn::default() };
     assert_eq!(guest.setattr(node, change).error, 0);
     assert_eq!(mode(), 0o755);
 
     chmod(&guest, "file", 0o6755);
-    let body = OpenIn {
-        flags: (libc::O_WRONLY | libc::O_TRUNC) as u32,
-        fuse_flags: OPEN_KILL_SUIDGID,
-    };
+    let body =
+        OpenIn { flags: (libc::O_WRONLY | libc::O_TRUNC) as u32, fuse_flags: OPEN_KILL_SUIDGID };
     assert_eq!(guest.call(Opcode::Open, node, &[body.as_slice()]).error, 0);
     assert_eq!(mode(), 0o755);
 

@@ -55,12 +55,7 @@ fn the_same_range_again_makes_it_writable_and_is_counted_as_that() {
     assert_eq!(guest.write(node, fh, 6, &[0x66]).error, 0);
     assert_eq!(peek(&guest, 6), Some(0x66));
     let counters = guest.session.counters().snapshot();
-    for expected in [
-        ("SETUPMAPPING", 2),
-        ("dax_setups", 2),
-        ("dax_upgrades", 1),
-        ("dax_live", 1),
-    ] {
+    for expected in [("SETUPMAPPING", 2), ("dax_setups", 2), ("dax_upgrades", 1), ("dax_live", 1)] {
         assert!(counters.contains(&expected), "{expected:?} in {counters:?}");
     }
 }
@@ -90,22 +85,11 @@ fn mappings_that_the_specification_forbids_are_refused() {
         (i64::MAX as u64 - 4095, 4096, READ, 0),
     ] {
         let answer = guest.setup(node, foffset, len, flags, moffset);
-        assert_eq!(
-            answer.error,
-            libc::EINVAL,
-            "{foffset:#x} {len:#x} {flags:#x} {moffset:#x}"
-        );
+        assert_eq!(answer.error, libc::EINVAL, "{foffset:#x} {len:#x} {flags:#x} {moffset:#x}");
     }
-    assert_eq!(
-        guest.setup(ROOT_ID, 0, 4096, READ, 0).error,
-        libc::EINVAL,
-        "a directory"
-    );
+    assert_eq!(guest.setup(ROOT_ID, 0, 4096, READ, 0).error, libc::EINVAL, "a directory");
     let fifo: EntryOut = mknod(&guest, "fifo", libc::S_IFIFO | 0o600, 0).get();
-    assert_eq!(
-        guest.setup(fifo.nodeid, 0, 4096, READ, 0).error,
-        libc::EINVAL
-    );
+    assert_eq!(guest.setup(fifo.nodeid, 0, 4096, READ, 0).error, libc::EINVAL);
     assert_eq!(peek(&guest, 0), Some(1), "what was there is still there");
     assert_eq!(window(&guest).live_mappings(), 1);
 }
@@ -124,11 +108,7 @@ fn a_removal_with_one_bad_range_removes_nothing() {
         (u64::MAX - 4095, 4096),
         (4096, u64::MAX - 4095),
     ] {
-        assert_eq!(
-            guest.remove(2, &[(0, 4096), bad]).error,
-            libc::EINVAL,
-            "{bad:?}"
-        );
+        assert_eq!(guest.remove(2, &[(0, 4096), bad]).error, libc::EINVAL, "{bad:?}");
     }
     for (count, ranges) in [(0, 0), (0, 1), (2, 1), (u32::MAX, 1), (1, 0)] {
         let ranges = vec![(0, 4096); ranges];

@@ -26,11 +26,7 @@ fn mkdir(guest: &Guest, parent: u64, name: &str, mode: u32) -> Answer {
 }
 
 fn mknod(guest: &Guest, name: &str, mode: u32, rdev: u32) -> Answer {
-    let body = MknodIn {
-        mode,
-        rdev,
-        ..MknodIn::default()
-    };
+    let body = MknodIn { mode, rdev, ..MknodIn::default() };
     let name = [name.as_bytes(), b"\0"].concat();
     guest.call(Opcode::Mknod, ROOT_ID, &[body.as_slice(), &name])
 }
@@ -41,11 +37,7 @@ fn symlink(guest: &Guest, parent: u64, name: &str, target: &str) -> Answer {
 }
 
 fn rename(guest: &Guest, from: (u64, &str), to: (u64, &str), flags: u32) -> Answer {
-    let body = Rename2In {
-        newdir: to.0,
-        flags,
-        padding: 0,
-    };
+    let body = Rename2In { newdir: to.0, flags, padding: 0 };
     let names = [from.1.as_bytes(), b"\0", to.1.as_bytes(), b"\0"].concat();
     guest.call(Opcode::Rename2, from.0, &[body.as_slice(), &names])
 }
@@ -61,21 +53,12 @@ fn unlink(guest: &Guest, opcode: Opcode, parent: u64, name: &str) -> Answer {
 }
 
 fn fallocate(guest: &Guest, nodeid: u64, fh: u64, mode: i32, offset: u64, length: u64) -> Answer {
-    let body = FallocateIn {
-        fh,
-        offset,
-        length,
-        mode: mode as u32,
-        padding: 0,
-    };
+    let body = FallocateIn { fh, offset, length, mode: mode as u32, padding: 0 };
     guest.call(Opcode::Fallocate, nodeid, &[body.as_slice()])
 }
 
 fn setxattr(guest: &Guest, nodeid: u64, name: &str, value: &[u8], flags: u32) -> Answer {
-    let body = SetxattrIn {
-        size: value.len() as u32,
-        flags,
-    };
+    let body = SetxattrIn { size: value.len() as u32, flags };
     let name = [name.as_bytes(), b"\0"].concat();
     guest.call(Opcode::Setxattr, nodeid, &[body.as_slice(), &name, value])
 }
@@ -87,10 +70,7 @@ fn getxattr(guest: &Guest, nodeid: u64, name: &str, size: u32) -> Answer {
 }
 
 fn release(guest: &Guest, opcode: Opcode, nodeid: u64, fh: u64) -> Answer {
-    let body = ReleaseIn {
-        fh,
-        ..ReleaseIn::default()
-    };
+    let body = ReleaseIn { fh, ..ReleaseIn::default() };
     guest.call(opcode, nodeid, &[body.as_slice()])
 }
 

@@ -37,19 +37,13 @@ fn everything_can_be_made_and_removed() {
     assert_eq!(entry.attr.mode, libc::S_IFDIR | 0o751);
     assert_eq!(mkdir(&guest, ROOT_ID, "d", 0o755).error, libc::EEXIST);
 
-    for (name, kind) in [
-        ("fifo", libc::S_IFIFO),
-        ("socket", libc::S_IFSOCK),
-        ("regular", libc::S_IFREG),
-    ] {
+    for (name, kind) in
+        [("fifo", libc::S_IFIFO), ("socket", libc::S_IFSOCK), ("regular", libc::S_IFREG)]
+    {
         let entry: EntryOut = mknod(&guest, name, kind | 0o640, 0).get();
         assert_eq!(entry.attr.mode, kind | 0o640);
         // Only the regular file can be opened; the host never waits for a FIFO's other end.
-        let expected = if kind == libc::S_IFREG {
-            0
-        } else {
-            libc::EACCES
-        };
+        let expected = if kind == libc::S_IFREG { 0 } else { libc::EACCES };
         assert_eq!(guest.open(entry.nodeid, libc::O_RDWR).error, expected);
     }
     let fifo = std::fs::symlink_metadata(guest.path().join("fifo")).unwrap();
@@ -58,24 +52,12 @@ fn everything_can_be_made_and_removed() {
     let entry: EntryOut = symlink(&guest, entry.nodeid, "s", "/anywhere/../at all").get();
     let target = guest.call(Opcode::Readlink, entry.nodeid, &[]);
     assert_eq!(target.body, b"/anywhere/../at all");
-    assert_eq!(
-        guest.call(Opcode::Readlink, ROOT_ID, &[]).error,
-        libc::EINVAL
-    );
+    assert_eq!(guest.call(Opcode::Readlink, ROOT_ID, &[]).error, libc::EINVAL);
     assert_eq!(symlink(&guest, ROOT_ID, "empty", "").error, libc::ENOENT);
 
-    assert_eq!(
-        unlink(&guest, Opcode::Rmdir, ROOT_ID, "d").error,
-        libc::ENOTEMPTY
-    );
-    assert_eq!(
-        unlink(&guest, Opcode::Unlink, ROOT_ID, "d").error,
-        libc::EISDIR
-    );
-    assert_eq!(
-        unlink(&guest, Opcode::Rmdir, ROOT_ID, "fifo").error,
-        libc::ENOTDIR
-    );
+    assert_eq!(unlink(&guest, Opcode::Rmdir, ROOT_ID, "d").error, libc::ENOTEMPTY);
+    assert_eq!(unlink(&guest, Opcode::Unlink, ROOT_ID, "d").error, libc::EISDIR);
+    assert_eq!(unlink(&guest, Opcode::Rmdir, ROOT_ID, "fifo").error, libc::ENOTDIR);
     let d = guest.node("d");
     unlink(&guest, Opcode::Unlink, d, "s").ok();
     unlink(&guest, Opcode::Rmdir, ROOT_ID, "d").ok();
@@ -118,27 +100,11 @@ fn renames_replace_exchange_and_refuse() {
     let d = guest.node("d");
     let read = |name: &str| std::fs::read_to_string(guest.path().join(name)).unwrap();
 
-    rename(
-        &guest,
-        (ROOT_ID, "a"),
-        (ROOT_ID, "b"),
-        libc::RENAME_EXCHANGE,
-    )
-    .ok();
+    rename(&guest, (ROOT_ID, "a"), (ROOT_ID, "b"), libc::RENAME_EXCHANGE).ok();
     assert_eq!((read("a"), read("b")), ("b".into(), "a".into()));
-    let refused = rename(
-        &guest,
-        (ROOT_ID, "a"),
-        (ROOT_ID, "b"),
-        libc::RENAME_NOREPLACE,
-    );
+    let refused = rename(&guest, (ROOT_ID, "a"), (ROOT_ID, "b"), libc::RENAME_NOREPLACE);
     assert_eq!(refused.error, libc::EEXIST);
-    for flags in [
-        8,
-        1 << 31,
-        u32::MAX,
-        libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE,
-    ] {
+    for flags in [8, 1 << 31, u32::MAX, libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE] {
         let refused = rename(&guest, (ROOT_ID, "a"), (ROOT_ID, "b"), flags);
         assert_eq!(refused.error, libc::EINVAL, "{flags:#x}");
     }
@@ -166,10 +132,7 @@ fn a_link_is_another_name_of_the_same_node() {
     // A symlink itself, not what it points to.
     let s = guest.node("s");
     let entry: EntryOut = link(&guest, s, ROOT_ID, "s2").get();
-    assert_eq!(
-        (entry.nodeid, entry.attr.mode & libc::S_IFMT),
-        (s, libc::S_IFLNK)
-    );
+    assert_eq!((entry.nodeid, entry.attr.mode & libc::S_IFMT), (s, libc::S_IFLNK));
     assert_eq!(link(&guest, ROOT_ID, ROOT_ID, "root").error, libc::EPERM);
     assert_eq!(link(&guest, 99, ROOT_ID, "x").error, libc::ENOENT);
 }

@@ -11,10 +11,7 @@ fn a_read_only_share_is_changed_by_no_operation() {
     });
     let node = guest.node("file");
     let fh = guest.fh(node, libc::O_RDONLY);
-    let tmpfile = CreateIn {
-        flags: libc::O_RDWR as u32,
-        ..CreateIn::default()
-    };
+    let tmpfile = CreateIn { flags: libc::O_RDWR as u32, ..CreateIn::default() };
     let copy = CopyFileRangeIn {
         fh_in: fh,
         nodeid_out: node,
@@ -22,10 +19,7 @@ fn a_read_only_share_is_changed_by_no_operation() {
         len: 1,
         ..CopyFileRangeIn::default()
     };
-    let access = AccessIn {
-        mask: 2,
-        padding: 0,
-    };
+    let access = AccessIn { mask: 2, padding: 0 };
     let answers = [
         guest.create(ROOT_ID, "new", libc::O_RDWR, 0o644),
         guest.create(ROOT_ID, "new", libc::O_RDONLY, 0o644),
@@ -42,28 +36,9 @@ fn a_read_only_share_is_changed_by_no_operation() {
         guest.open(node, libc::O_RDWR),
         guest.open(node, libc::O_RDONLY | libc::O_TRUNC),
         guest.write(node, fh, 0, b"x"),
-        guest.setattr(
-            node,
-            SetattrIn {
-                valid: 1,
-                mode: 0o777,
-                ..SetattrIn::default()
-            },
-        ),
-        guest.setattr(
-            node,
-            SetattrIn {
-                valid: 8,
-                ..SetattrIn::default()
-            },
-        ),
-        guest.setattr(
-            node,
-            SetattrIn {
-                valid: 1 << 8,
-                ..SetattrIn::default()
-            },
-        ),
+        guest.setattr(node, SetattrIn { valid: 1, mode: 0o777, ..SetattrIn::default() }),
+        guest.setattr(node, SetattrIn { valid: 8, ..SetattrIn::default() }),
+        guest.setattr(node, SetattrIn { valid: 1 << 8, ..SetattrIn::default() }),
         fallocate(&guest, node, fh, 0, 0, 100),
         guest.call(Opcode::CopyFileRange, node, &[copy.as_slice()]),
         setxattr(&guest, node, "user.x", b"v", 0),

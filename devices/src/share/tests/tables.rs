@@ -5,15 +5,7 @@ fn node_ids_that_were_never_given_are_refused_everywhere() {
     let guest = Guest::new();
     std::fs::write(guest.path().join("file"), "").unwrap();
     guest.node("file");
-    for node in [
-        0,
-        3,
-        1 << 32,
-        (1 << 32) | 1,
-        u64::MAX,
-        u64::MAX - 1,
-        0x7fff_ffff_ffff,
-    ] {
+    for node in [0, 3, 1 << 32, (1 << 32) | 1, u64::MAX, u64::MAX - 1, 0x7fff_ffff_ffff] {
         let errors = [
             guest.getattr(node).error,
             guest.lookup(node, "file").error,
@@ -91,28 +83,16 @@ fn handles_are_of_one_node_and_one_kind() {
     let (a, b) = (guest.node("a"), guest.node("b"));
     let fh = guest.fh(a, libc::O_RDWR);
     let dir = guest.opendir(ROOT_ID);
-    for (node, fh) in [
-        (b, fh),
-        (a, dir),
-        (a, 0),
-        (a, fh + 100),
-        (a, fh | (1 << 32)),
-        (a, u64::MAX),
-    ] {
+    for (node, fh) in [(b, fh), (a, dir), (a, 0), (a, fh + 100), (a, fh | (1 << 32)), (a, u64::MAX)]
+    {
         assert_eq!(guest.read(node, fh, 0, 1).error, libc::EBADF);
         assert_eq!(guest.write(node, fh, 0, b"x").error, libc::EBADF);
         assert_eq!(fallocate(&guest, node, fh, 0, 0, 1).error, libc::EBADF);
-        assert_eq!(
-            release(&guest, Opcode::Release, node, fh).error,
-            libc::EBADF
-        );
+        assert_eq!(release(&guest, Opcode::Release, node, fh).error, libc::EBADF);
     }
     for (node, fh) in [(a, fh), (ROOT_ID, fh), (a, dir)] {
         assert!(guest.list(false, node, fh, 0, 4096).is_err());
-        assert_eq!(
-            release(&guest, Opcode::Releasedir, node, fh).error,
-            libc::EBADF
-        );
+        assert_eq!(release(&guest, Opcode::Releasedir, node, fh).error, libc::EBADF);
     }
     release(&guest, Opcode::Release, a, fh).ok();
     assert_eq!(guest.read(a, fh, 0, 1).error, libc::EBADF, "closed");
@@ -138,10 +118,7 @@ fn a_full_table_answers_enfile_and_recovers() {
     let dir = guest.opendir(ROOT_ID);
     let names = guest.list(true, ROOT_ID, dir, 0, 4096).unwrap();
     assert_eq!(names.len(), 5);
-    let nodes: Vec<u64> = names
-        .iter()
-        .map(|name| name.entry.unwrap().nodeid)
-        .collect();
+    let nodes: Vec<u64> = names.iter().map(|name| name.entry.unwrap().nodeid).collect();
     assert_eq!(nodes.iter().filter(|node| **node == 0).count(), 3);
 
     let fh = guest.fh(a, libc::O_RDONLY);
@@ -172,8 +149,5 @@ fn many_threads_at_once_agree_on_nodes_and_counts() {
             });
         }
     });
-    assert_eq!(
-        (guest.share.live_inodes(), guest.share.live_handles()),
-        (1, 0)
-    );
+    assert_eq!((guest.share.live_inodes(), guest.share.live_handles()), (1, 0));
 }

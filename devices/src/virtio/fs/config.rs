@@ -52,10 +52,7 @@ impl Config {
         for (target, byte) in rest.iter_mut().zip(count) {
             *target = byte;
         }
-        Ok(Self {
-            bytes,
-            request_queues,
-        })
+        Ok(Self { bytes, request_queues })
     }
 
     /// Number of request queues.

@@ -91,9 +91,7 @@ impl FsDevice {
                 doorbell.clone(),
             ));
             let body = worker.clone();
-            let thread = thread::Builder::new()
-                .name(name)
-                .spawn(move || body.run())?;
+            let thread = thread::Builder::new().name(name).spawn(move || body.run())?;
             running.push(Running { worker, thread });
         }
         Ok(())
@@ -129,11 +127,7 @@ impl VirtioDevice for FsDevice {
 
     fn shared_memory(&self) -> Option<SharedMemory> {
         let window = self.window.clone()?;
-        Some(SharedMemory {
-            id: WINDOW_ID,
-            size: window.size,
-            slot: window.slot,
-        })
+        Some(SharedMemory { id: WINDOW_ID, size: window.size, slot: window.slot })
     }
 
     fn activate(&self, activation: Activation) -> io::Result<()> {

@@ -100,18 +100,12 @@ fn a_driver_reads_the_tag_and_the_number_of_queues() {
 #[test]
 fn the_window_is_shared_memory_number_zero() {
     let slot = Arc::new(crate::pci::testing::Slot::default());
-    let window = Window {
-        size: 6 << 20,
-        slot: slot.clone(),
-    };
+    let window = Window { size: 6 << 20, slot: slot.clone() };
     let config = Config::new("share", 1).unwrap();
     let device = FsDevice::new(config, Arc::new(Echo::default()), Some(window)).unwrap();
     let driver = Driver::new(Arc::new(device));
     let area = driver.find(8).unwrap();
-    assert_eq!(
-        (area.bar, area.id, area.offset, area.len),
-        (4, 0, 0, 6 << 20)
-    );
+    assert_eq!((area.bar, area.id, area.offset, area.len), (4, 0, 0, 6 << 20));
     assert_eq!(slot.places(), [Some(MMIO64)]);
 }
 
@@ -136,9 +130,7 @@ fn a_request_may_be_an_indirect_table() {
     let (_echo, driver) = driver(1);
     let mut queues = driver.start(VIRTIO_RING_F_INDIRECT_DESC, &[(1, 16)]);
     let memory = driver.memory();
-    memory
-        .write_slice(b"one two", GuestAddress(REQUEST))
-        .unwrap();
+    memory.write_slice(b"one two", GuestAddress(REQUEST)).unwrap();
     write_descriptor(&memory, TABLE, (REQUEST, 4, NEXT, 1));
     write_descriptor(&memory, TABLE + 16, (REQUEST + 4, 3, NEXT, 2));
     write_descriptor(&memory, TABLE + 32, (REPLY, 3, WRITE | NEXT, 3));
@@ -303,11 +295,7 @@ fn a_reset_waits_for_the_request_that_is_being_served() {
             assert_eq!(driver.status(), 15);
             driver.notify(1);
         }
-        assert_eq!(
-            echo.resets.load(Ordering::SeqCst),
-            1,
-            "not while it is served"
-        );
+        assert_eq!(echo.resets.load(Ordering::SeqCst), 1, "not while it is served");
         open.send(()).unwrap();
         resetting.join().unwrap();
     });

@@ -28,11 +28,7 @@ struct Fixture {
 fn fixture(features: u64) -> Fixture {
     let memory = memory();
     let queue = Queue::new(rings(SIZE), features, &memory.memory()).unwrap();
-    Fixture {
-        memory,
-        driver: DriverQueue::new(0, SIZE),
-        queue,
-    }
+    Fixture { memory, driver: DriverQueue::new(0, SIZE), queue }
 }
 
 type Entry = (u64, u32, u16, u16);
@@ -61,9 +57,7 @@ fn a_chain_is_split_in_what_is_read_and_what_is_written() {
     it.driver.describe(&memory, 2, (DATA + 0x100, 2, NEXT, 7));
     it.driver.describe(&memory, 7, (DATA + 0x200, 4, WRITE, 9));
     memory.write_slice(b"abc", GuestAddress(DATA)).unwrap();
-    memory
-        .write_slice(b"de", GuestAddress(DATA + 0x100))
-        .unwrap();
+    memory.write_slice(b"de", GuestAddress(DATA + 0x100)).unwrap();
     it.driver.offer(&memory, 5);
     let chain = it.queue.pop(&memory).unwrap().unwrap();
     let mut bytes = [0; 5];
@@ -73,9 +67,7 @@ fn a_chain_is_split_in_what_is_read_and_what_is_written() {
     it.queue.complete(&memory, chain.head, 4).unwrap();
     assert_eq!(it.driver.take_used(&memory), Some((5, 4)));
     let mut bytes = [0; 4];
-    memory
-        .read_slice(&mut bytes, GuestAddress(DATA + 0x200))
-        .unwrap();
+    memory.read_slice(&mut bytes, GuestAddress(DATA + 0x200)).unwrap();
     assert_eq!(&bytes, b"pong");
     assert!(it.queue.pop(&memory).unwrap().is_none());
 }
@@ -88,16 +80,9 @@ fn a_table_may_replace_a_chain_or_its_end() {
     let end = [(DATA, 10, NEXT, 1), (TABLE, 48, INDIRECT, 0)];
     assert_eq!(outcome(INDIRECT_DESC, &end, &table), Ok((14, 6)));
     let flag = [(TABLE, 48, INDIRECT | WRITE, 0)];
-    assert_eq!(
-        outcome(INDIRECT_DESC, &flag, &table),
-        Ok((4, 6)),
-        "WRITE is ignored"
-    );
+    assert_eq!(outcome(INDIRECT_DESC, &flag, &table), Ok((4, 6)), "WRITE is ignored");
     let odd = [(TABLE + 8, 16, INDIRECT, 0)];
-    assert!(
-        outcome(INDIRECT_DESC, &odd, &[]).is_ok(),
-        "a table needs no alignment"
-    );
+    assert!(outcome(INDIRECT_DESC, &odd, &[]).is_ok(), "a table needs no alignment");
 }
 
 #[test]
@@ -106,10 +91,7 @@ fn empty_buffers_and_full_chains_are_fine() {
     let mut full: Vec<Entry> = (0..SIZE).map(|at| (DATA, 1, NEXT, at + 1)).collect();
     full[7].2 = 0;
     assert_eq!(outcome(0, &full, &[]), Ok((8, 0)));
-    assert_eq!(
-        outcome(INDIRECT_DESC, &[(TABLE, 128, INDIRECT, 0)], &full),
-        Ok((8, 0))
-    );
+    assert_eq!(outcome(INDIRECT_DESC, &[(TABLE, 128, INDIRECT, 0)], &full), Ok((8, 0)));
 }
 
 #[test]
@@ -129,51 +111,18 @@ fn every_broken_chain_has_its_error() {
         (vec![(DATA, 1, NEXT, 8)], QueueError::Next(8)),
         (vec![(DATA, 1, NEXT, 0xffff)], QueueError::Next(0xffff)),
         (vec![(DATA, 1, NEXT, 0)], QueueError::TooLong),
-        (
-            vec![(DATA, 0, NEXT, 1), (DATA, 0, NEXT, 0)],
-            QueueError::TooLong,
-        ),
-        (
-            vec![(DATA, 1, WRITE | NEXT, 1), (DATA, 1, 0, 0)],
-            QueueError::Order,
-        ),
-        (
-            vec![(DATA, 0, WRITE | NEXT, 1), (DATA, 1, 0, 0)],
-            QueueError::Order,
-        ),
-        (
-            vec![(RAM - 1, 2, 0, 0)],
-            QueueError::Buffer(not_memory(RAM - 1, 2)),
-        ),
-        (
-            vec![(u64::MAX, 2, WRITE, 0)],
-            QueueError::Buffer(not_memory(u64::MAX, 2)),
-        ),
-        (
-            vec![(0, u32::MAX, 0, 0)],
-            QueueError::Buffer(not_memory(0, u32::MAX as usize)),
-        ),
-        (
-            vec![(TABLE, 16, INDIRECT | NEXT, 0)],
-            QueueError::IndirectNext,
-        ),
+        (vec![(DATA, 0, NEXT, 1), (DATA, 0, NEXT, 0)], QueueError::TooLong),
+        (vec![(DATA, 1, WRITE | NEXT, 1), (DATA, 1, 0, 0)], QueueError::Order),
+        (vec![(DATA, 0, WRITE | NEXT, 1), (DATA, 1, 0, 0)], QueueError::Order),
+        (vec![(RAM - 1, 2, 0, 0)], QueueError::Buffer(not_memory(RAM - 1, 2))),
+        (vec![(u64::MAX, 2, WRITE, 0)], QueueError::Buffer(not_memory(u64::MAX, 2))),
+        (vec![(0, u32::MAX, 0, 0)], QueueError::Buffer(not_memory(0, u32::MAX as usize))),
+        (vec![(TABLE, 16, INDIRECT | NEXT, 0)], QueueError::IndirectNext),
         (vec![(TABLE, 0, INDIRECT, 0)], QueueError::IndirectLength(0)),
-        (
-            vec![(TABLE, 17, INDIRECT, 0)],
-            QueueError::IndirectLength(17),
-        ),
-        (
-            vec![(TABLE, 144, INDIRECT, 0)],
-            QueueError::IndirectLength(144),
-        ),
-        (
-            vec![(TABLE, 0x10_0000, INDIRECT, 0)],
-            QueueError::IndirectLength(0x10_0000),
-        ),
-        (
-            vec![(RAM, 16, INDIRECT, 0)],
-            QueueError::IndirectTable(not_memory(RAM, 16)),
-        ),
+        (vec![(TABLE, 17, INDIRECT, 0)], QueueError::IndirectLength(17)),
+        (vec![(TABLE, 144, INDIRECT, 0)], QueueError::IndirectLength(144)),
+        (vec![(TABLE, 0x10_0000, INDIRECT, 0)], QueueError::IndirectLength(0x10_0000)),
+        (vec![(RAM, 16, INDIRECT, 0)], QueueError::IndirectTable(not_memory(RAM, 16))),
     ];
     for (chain, error) in cases {
         assert_eq!(outcome(INDIRECT_DESC, &chain, &[]), Err(error));
@@ -184,9 +133,8 @@ fn every_broken_chain_has_its_error() {
 fn every_broken_table_has_its_error() {
     let inside = [(TABLE, 32, INDIRECT, 0)];
     let behind = [(DATA, 1, NEXT, 1), (TABLE, 128, INDIRECT, 0)];
-    let full: Vec<Entry> = (0..8)
-        .map(|at| (DATA, 1, if at < 7 { NEXT } else { 0 }, at + 1))
-        .collect();
+    let full: Vec<Entry> =
+        (0..8).map(|at| (DATA, 1, if at < 7 { NEXT } else { 0 }, at + 1)).collect();
     let nested = [(TABLE, 16, INDIRECT, 0)];
     for (direct, table, error) in [
         (&inside[..], &nested[..], QueueError::IndirectNested),
@@ -196,10 +144,7 @@ fn every_broken_table_has_its_error() {
     ] {
         assert_eq!(outcome(INDIRECT_DESC, direct, table), Err(error));
     }
-    assert_eq!(
-        outcome(0, &inside, &[]),
-        Err(QueueError::IndirectNotNegotiated)
-    );
+    assert_eq!(outcome(0, &inside, &[]), Err(QueueError::IndirectNotNegotiated));
 }
 
 #[test]
@@ -217,11 +162,7 @@ fn more_than_four_gigabytes_are_too_many() {
         driver.describe(&memory, 0, (first.0, first.1, NEXT, 1));
         for index in 1..MANY {
             let flags = if index + 1 < MANY { NEXT } else { 0 };
-            driver.describe(
-                &memory,
-                index,
-                (WINDOW, WINDOW_SIZE as u32, flags, index + 1),
-            );
+            driver.describe(&memory, index, (WINDOW, WINDOW_SIZE as u32, flags, index + 1));
         }
         driver.offer(&memory, 0);
         let popped = queue.pop(&memory);
@@ -271,8 +212,7 @@ fn the_rings_wrap_around() {
         let chain = it.queue.pop(&memory).unwrap().unwrap();
         it.queue.complete(&memory, chain.head, round).unwrap();
         assert_eq!(it.driver.take_used(&memory), Some((head.into(), round)));
-        it.driver
-            .set_used_event(&memory, it.driver.used_index(&memory));
+        it.driver.set_used_event(&memory, it.driver.used_index(&memory));
     }
 }
 
@@ -345,34 +285,16 @@ fn rings_are_checked_before_they_are_used() {
         bad.check(&memory).unwrap_err()
     };
     for size in [0, 3, 0x8001, 0xffff] {
-        assert_eq!(
-            Rings { size, ..good }.check(&memory),
-            Err(RingError::Size(size))
-        );
+        assert_eq!(Rings { size, ..good }.check(&memory), Err(RingError::Size(size)));
     }
-    assert_eq!(
-        with(|r| r.descriptors += 8),
-        RingError::Alignment(good.descriptors + 8)
-    );
-    assert_eq!(
-        with(|r| r.driver += 1),
-        RingError::Alignment(good.driver + 1)
-    );
-    assert_eq!(
-        with(|r| r.device += 2),
-        RingError::Alignment(good.device + 2)
-    );
+    assert_eq!(with(|r| r.descriptors += 8), RingError::Alignment(good.descriptors + 8));
+    assert_eq!(with(|r| r.driver += 1), RingError::Alignment(good.driver + 1));
+    assert_eq!(with(|r| r.device += 2), RingError::Alignment(good.device + 2));
     assert_eq!(with(|r| r.driver = r.descriptors + 126), RingError::Overlap);
     assert_eq!(with(|r| r.device = r.driver + 20), RingError::Overlap);
-    let outside = RingError::NotRam {
-        address: WINDOW,
-        len: 128,
-    };
+    let outside = RingError::NotRam { address: WINDOW, len: 128 };
     assert_eq!(with(|r| r.descriptors = WINDOW), outside);
-    let wraps = RingError::NotRam {
-        address: u64::MAX - 1,
-        len: 22,
-    };
+    let wraps = RingError::NotRam { address: u64::MAX - 1, len: 22 };
     assert_eq!(with(|r| r.driver = u64::MAX - 1), wraps);
 }
 

@@ -84,12 +84,7 @@ pub(super) fn add_registers(
     let notify = [NOTIFY_MULTIPLIER];
     for capability in [
         area(COMMON_CFG, &layout::COMMON, COMMON_CFG_SIZE, &[]),
-        area(
-            NOTIFY_CFG,
-            &layout::NOTIFY,
-            queues * NOTIFY_MULTIPLIER,
-            &notify,
-        ),
+        area(NOTIFY_CFG, &layout::NOTIFY, queues * NOTIFY_MULTIPLIER, &notify),
         area(ISR_CFG, &layout::ISR, 1, &[]),
         area(DEVICE_CFG, &layout::DEVICE, device_size, &[]),
     ] {
@@ -106,14 +101,7 @@ pub(super) fn add_shared_memory(
 ) -> Result<(), ConfigurationError> {
     // `struct virtio_pci_cap64`: the high halves come last, offset first.
     let high = [0, (size >> 32) as u32];
-    let capability = body(
-        SHARED_MEMORY_CFG,
-        SHARED_MEMORY_BAR,
-        id,
-        0,
-        size as u32,
-        &high,
-    );
+    let capability = body(SHARED_MEMORY_CFG, SHARED_MEMORY_BAR, id, 0, size as u32, &high);
     add(configuration, capability, &[]).map(drop)
 }
 

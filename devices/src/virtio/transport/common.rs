@@ -75,14 +75,7 @@ struct QueueRegisters {
 
 impl QueueRegisters {
     fn new(max_size: u16) -> Self {
-        Self {
-            max_size,
-            rings: Rings {
-                size: max_size,
-                ..Rings::default()
-            },
-            enabled: false,
-        }
+        Self { max_size, rings: Rings { size: max_size, ..Rings::default() }, enabled: false }
     }
 }
 
@@ -132,12 +125,7 @@ impl CommonConfiguration {
         signals: Arc<Signals>,
     ) -> Self {
         let state = State::new(device.queue_max_sizes());
-        Self {
-            device,
-            memory,
-            signals,
-            state: Mutex::new(state),
-        }
+        Self { device, memory, signals, state: Mutex::new(state) }
     }
 
     /// A guest read of any width at any offset: each byte is that of the register it is in, or 0.
@@ -147,9 +135,7 @@ impl CommonConfiguration {
         for (start, width, register) in touched(offset, data.len()) {
             let bytes = self.get(&state, register).to_le_bytes();
             for (at, byte) in (start..).zip(bytes.iter().take(width)) {
-                let place = at
-                    .checked_sub(offset)
-                    .and_then(|at| usize::try_from(at).ok());
+                let place = at.checked_sub(offset).and_then(|at| usize::try_from(at).ok());
                 if let Some(target) = place.and_then(|at| data.get_mut(at)) {
                     *target = *byte;
                 }
@@ -164,9 +150,7 @@ impl CommonConfiguration {
             let mut state = lock(&self.state);
             let mut bytes = self.get(&state, register).to_le_bytes();
             for (at, target) in (start..).zip(bytes.iter_mut().take(width)) {
-                let place = at
-                    .checked_sub(offset)
-                    .and_then(|at| usize::try_from(at).ok());
+                let place = at.checked_sub(offset).and_then(|at| usize::try_from(at).ok());
                 if let Some(byte) = place.and_then(|at| data.get(at)) {
                     *target = *byte;
                 }

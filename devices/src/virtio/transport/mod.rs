@@ -189,10 +189,9 @@ impl VirtioPci {
 
     /// A doorbell: the queue's number, written as 16 bits at the queue's address (4.1.5.2).
     fn ring(&self, offset: u64, data: &[u8]) {
-        let (Ok(bytes), Ok(queue)) = (
-            <[u8; 2]>::try_from(data),
-            u16::try_from(offset / u64::from(NOTIFY_MULTIPLIER)),
-        ) else {
+        let (Ok(bytes), Ok(queue)) =
+            (<[u8; 2]>::try_from(data), u16::try_from(offset / u64::from(NOTIFY_MULTIPLIER)))
+        else {
             return;
         };
         let named = u16::from_le_bytes(bytes);

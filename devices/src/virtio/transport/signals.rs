@@ -60,8 +60,7 @@ impl Signals {
 
     /// A vector that does not exist is NO_VECTOR, which the driver reads back.
     pub(super) fn set_config_vector(&self, vector: u16) {
-        self.config_vector
-            .store(self.existing(vector), Ordering::Relaxed);
+        self.config_vector.store(self.existing(vector), Ordering::Relaxed);
     }
 
     pub(super) fn queue_vector(&self, queue: u16) -> u16 {
@@ -78,11 +77,7 @@ impl Signals {
     }
 
     fn existing(&self, vector: u16) -> u16 {
-        if vector < self.msix.count() {
-            vector
-        } else {
-            NO_VECTOR
-        }
+        if vector < self.msix.count() { vector } else { NO_VECTOR }
     }
 
     /// Whether the device needs a reset.

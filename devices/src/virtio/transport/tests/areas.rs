@@ -158,11 +158,7 @@ fn the_second_door_has_the_same_checks() {
     ] {
         let data = point(&driver, bar, offset, length);
         driver.write_config(data, &[0; 4]);
-        assert_eq!(
-            driver.read_config::<4>(data),
-            [0; 4],
-            "{bar} {offset:#x} {length}"
-        );
+        assert_eq!(driver.read_config::<4>(data), [0; 4], "{bar} {offset:#x} {length}");
         assert_eq!(driver.status(), 1);
     }
     let data = point(&driver, 0, STATUS as u32, 1);

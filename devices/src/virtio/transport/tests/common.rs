@@ -21,12 +21,7 @@ fn features_are_offered_by_halves_and_end_at_64() {
 #[test]
 fn features_that_do_not_fit_are_not_agreed() {
     let (_notes, driver) = driver();
-    for features in [
-        0,
-        FEATURE,
-        VIRTIO_F_VERSION_1 | 1,
-        VIRTIO_F_VERSION_1 | 1 << 34,
-    ] {
+    for features in [0, FEATURE, VIRTIO_F_VERSION_1 | 1, VIRTIO_F_VERSION_1 | 1 << 34] {
         driver.set_status(0);
         driver.set_status(3);
         driver.accept(features);
@@ -70,10 +65,7 @@ fn a_device_starts_once_with_the_enabled_queues() {
     let (notes, driver) = driver();
     driver.start(FEATURE, &[(1, 8)]);
     let agreed = VIRTIO_F_VERSION_1 | FEATURE;
-    assert_eq!(
-        notes.calls(),
-        [Call::Reset, Call::Activate(agreed, vec![1])]
-    );
+    assert_eq!(notes.calls(), [Call::Reset, Call::Activate(agreed, vec![1])]);
     driver.set_status(15);
     assert_eq!(notes.calls(), [], "nothing is new");
 }
@@ -176,12 +168,7 @@ fn the_registers_of_an_enabled_queue_are_frozen() {
     let (_notes, driver) = driver();
     driver.negotiate(0);
     let queue = driver.enable(1, 8);
-    for (register, value) in [
-        (QUEUE_SIZE, 4),
-        (QUEUE_VECTOR, 0),
-        (QUEUE_ENABLE, 0),
-        (32, 0),
-    ] {
+    for (register, value) in [(QUEUE_SIZE, 4), (QUEUE_VECTOR, 0), (QUEUE_ENABLE, 0), (32, 0)] {
         driver.write::<2>(register, value);
     }
     driver.write::<8>(40, 0x1000);

@@ -61,11 +61,7 @@ impl VirtioDevice for Notes {
         }
     }
     fn shared_memory(&self) -> Option<SharedMemory> {
-        Some(SharedMemory {
-            id: 0,
-            size: WINDOW_LEN,
-            slot: self.slot.clone(),
-        })
+        Some(SharedMemory { id: 0, size: WINDOW_LEN, slot: self.slot.clone() })
     }
     fn activate(&self, activation: Activation) -> io::Result<()> {
         if self.refuse.load(Ordering::Relaxed) {
