@@ -155,6 +155,7 @@ impl Machine {
         ensure!(self.running.is_none(), "the machine runs already");
         let memory = self.slots.memory().memory();
         let acpi = acpi::write_tables(&memory, self.cpus, &self.address_windows.mmio64)?;
+        registers::write_reset_vector(&memory)?;
         let entry = image.load(&memory, acpi)?;
         let mut vcpus = Vec::new();
         for id in 0..self.cpus {

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result};
 use devices::memory::GuestMemory;
+use devices::power;
 use kvm_bindings::{
     Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
@@ -70,6 +71,19 @@ pub fn set_boot_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: u64) -> Result
         ..Default::default()
     };
     vcpu.set_regs(&regs).context("KVM_SET_REGS")
+}
+
+/// Puts real-mode code at the reset vector that resets the machine: Linux reboots through the firmware when
+/// it finds no other way that it likes, and there is no firmware.
+///
+/// # Errors
+///
+/// When the guest has no RAM there.
+pub fn write_reset_vector(memory: &GuestMemory) -> Result<()> {
+    let [low, high] = (layout::POWER_PORTS + power::RESET as u16).to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt
+    let code = [0xba, low, high, 0xb0, power::RESET_VALUE, 0xee, 0xf4];
+    memory.write_slice(&code, GuestAddress(layout::RESET_VECTOR)).context("reset vector")
 }
 
 /// What every CPU gets: a sane FPU, memory types, and local interrupt pins.
