@@ -106,7 +106,7 @@ fn print_man_page(name: Option<&str>) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-/// A wrong value is one line; a wrong word also gets clap's hints.
+/// Says in one line what is wrong: clap's message without its usage, which `--help` shows.
 fn usage_error(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
@@ -114,18 +114,22 @@ fn usage_error(error: &clap::Error) -> ExitCode {
             let _ = error.print();
             ExitCode::SUCCESS
         }
-        ErrorKind::ValueValidation | ErrorKind::InvalidValue => {
-            let text = error.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            let line = line.strip_prefix("error: ").unwrap_or(line);
-            eprintln!("oriel: {line}");
-            ExitCode::from(STATUS_USAGE)
-        }
-        _ => {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
             ExitCode::from(STATUS_USAGE)
         }
+        _ => {
+            eprintln!("oriel: {}", one_line(&error.to_string()));
+            ExitCode::from(STATUS_USAGE)
+        }
     }
+}
+
+fn one_line(message: &str) -> String {
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    let is_usage = |line: &&str| line.starts_with("Usage:") || line.starts_with("For more");
+    let lines = message.lines().map(str::trim).take_while(|line| !is_usage(line));
+    lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
@@ -135,6 +139,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_command_line_is_told_in_one_line() {
+        for words in [
+            &["oriel", "run", "--cpu", "1"][..],
+            &["oriel", "run", "--memory", "1X"],
+            &["oriel", "run", "--memory"],
+            &["oriel", "start"],
+        ] {
+            let line = one_line(&Cli::try_parse_from(words).unwrap_err().to_string());
+            assert!(!line.contains('\n') && !line.contains("Usage"), "{line}");
+            let wrong = words.last().unwrap();
+            assert!(line.contains(wrong) || line.contains("--cpu"), "{line}");
+        }
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub struct RunArgs {
     pub stats: Option<PathBuf>,
 
     /// The command and its arguments; a shell when there is none
-    #[arg(last = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<String>,
 }
 
@@ -161,4 +161,49 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
         paths.push(&share.guest);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Wrapper {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    fn parse(words: &[&str]) -> Result<RunArgs, clap::Error> {
+        Wrapper::try_parse_from([&["run"], words].concat()).map(|wrapper| wrapper.args)
+    }
+
+    #[test]
+    fn the_command_begins_with_the_first_word_that_is_no_option() {
+        for words in [&["-i", "make", "-j4", "--cpus"][..], &["-i", "--", "make", "-j4", "--cpus"]]
+        {
+            let args = parse(words).unwrap();
+            assert!(args.interactive);
+            assert_eq!(args.command, ["make", "-j4", "--cpus"]);
+        }
+        assert!(parse(&["--cpu", "1", "make"]).is_err(), "an unknown option is no command");
+        assert!(parse(&["--initrd", "none", "make"]).is_err());
+    }
+
+    #[test]
+    fn contradictions_are_wrong_command_lines() {
+        for (words, hint) in [
+            (&["--cpus", "0"][..], "--cpus"),
+            (&["-w", "src"], "--workdir"),
+            (&["--hostname", ""], "--hostname"),
+            (&["-e", "=x"], "--env"),
+            (&["--initrd", "none", "-u", "me"], "--user"),
+            (&["--initrd", "none", "--root", "/:overlay"], "overlay"),
+            (&["-v", "/a:/x", "-v", "/b:/x"], "/x"),
+        ] {
+            let error = check(&parse(words).unwrap()).unwrap_err();
+            assert!(error.0.contains(hint), "{}", error.0);
+        }
+    }
 }
