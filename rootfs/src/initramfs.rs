@@ -315,10 +315,6 @@ mod tests {
     fn messages_are_one_line_of_json() {
         let from_host = [
             (
-                FromHost::StdinEnd { bytes: 5 },
-                r#"{"stdin-end":{"bytes":5}}"#,
-            ),
-            (
                 FromHost::Signal { number: 15 },
                 r#"{"signal":{"number":15}}"#,
             ),
