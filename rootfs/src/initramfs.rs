@@ -269,7 +269,6 @@ mod tests {
     #[test]
     fn messages_are_one_line_of_json() {
         let from_host = [
-            (FromHost::StdinEnd { bytes: 5 }, r#"{"stdin-end":{"bytes":5}}"#),
             (FromHost::Signal { number: 15 }, r#"{"signal":{"number":15}}"#),
             (FromHost::Resize { rows: 24, columns: 80 }, r#"{"resize":{"rows":24,"columns":80}}"#),
         ];

@@ -1,63 +1,62 @@
-//! The serial ports between the guest and the host.
+//! The ports of the console device between the guest and the host.
 
-use std::fs::File;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use oriel_init::protocol::{FromGuest, FromHost};
-use rustix::fs::{Mode, OFlags};
-use rustix::termios::{ControlModes, OptionalActions};
 
-use crate::{log, sys};
+use crate::log;
 
-/// The baud rate decides only how often the driver looks whether the port has drained.
-const SPEED: u32 = 115_200;
+/// Where Linux lists the ports of all console devices, each with its name.
+const PORTS: &str = "/sys/class/virtio-ports";
 
-/// A serial port that carries bytes as they are.
+/// The driver learns of the ports in the background. It does so while the kernel boots: this is for a host
+/// whose machine is very slow.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A port of the console device. Linux lets a port be opened once only.
+///
+/// What is written has left when the host reads it, not when the call returns: the host reads everything before
+/// it ends the machine.
 #[derive(Debug)]
 pub(crate) struct Port(File);
 
 impl Port {
-    /// Opens `/dev/ttyS<number>`.
-    pub(crate) fn open(number: u8) -> Result<Self> {
-        let path = format!("/dev/ttyS{number}");
-        Self::open_raw(&path).with_context(|| format!("cannot open {path}"))
-    }
-
-    fn open_raw(path: &str) -> rustix::io::Result<Self> {
-        // NONBLOCK: without it open waits for a carrier, until CLOCAL below says that there is none.
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let port = rustix::fs::open(path, flags, Mode::empty())?;
-        let mut settings = rustix::termios::tcgetattr(&port)?;
-        settings.make_raw();
-        settings.set_speed(SPEED)?;
-        settings.control_modes.insert(ControlModes::CLOCAL | ControlModes::CREAD);
-        settings.control_modes.remove(ControlModes::HUPCL);
-        // RTS goes away when the guest's input buffer is full, so that a host that heeds it loses no input.
-        // Only where the host raises CTS, without which nothing would ever be sent.
-        settings.control_modes.set(ControlModes::CRTSCTS, sys::clear_to_send(port.as_fd()));
-        rustix::termios::tcsetattr(&port, OptionalActions::Now, &settings)?;
-        let flags = rustix::fs::fcntl_getfl(&port)?;
-        rustix::fs::fcntl_setfl(&port, flags - OFlags::NONBLOCK)?;
-        Ok(Self(File::from(port)))
+    /// Opens the port of this name, as soon as there is one.
+    pub(crate) fn open(name: &str) -> Result<Self> {
+        let start = Instant::now();
+        let path = loop {
+            if let Some(path) = find(name) {
+                break path;
+            }
+            if start.elapsed() > PATIENCE {
+                bail!("there is no console port {name}: does the kernel have VIRTIO_CONSOLE?");
+            }
+            thread::sleep(PAUSE);
+        };
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        file.map(Self).with_context(|| format!("cannot open {} ({name})", path.display()))
     }
 
     /// The same port, for another thread.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)
     }
-
-    /// Returns when the host has taken all that was written.
-    pub(crate) fn drain(&self) -> io::Result<()> {
-        Ok(rustix::io::retry_on_intr(|| rustix::termios::tcdrain(&self.0))?)
-    }
 }
 
-impl AsFd for Port {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
+/// The device node of the port of this name.
+fn find(name: &str) -> Option<PathBuf> {
+    let ports = fs::read_dir(PORTS).ok()?;
+    let port = ports.flatten().find(|port| {
+        let found = fs::read_to_string(port.path().join("name")).unwrap_or_default();
+        found.trim_end_matches('\n') == name
+    })?;
+    Some(PathBuf::from("/dev").join(port.file_name()))
 }
 
 impl io::Read for Port {
@@ -76,11 +75,11 @@ impl Write for Port {
     }
 }
 
-/// Sends one message and waits until the host has it.
+/// Sends one message.
 pub(crate) fn send(port: &mut Port, message: &FromGuest) -> Result<()> {
     let mut line = serde_json::to_vec(message).context("cannot encode a message")?;
     line.push(b'\n');
-    port.write_all(&line).and_then(|()| port.drain()).context("cannot send a message on COM4")
+    port.write_all(&line).context("cannot send a message to the host")
 }
 
 /// Hands the host's messages to `take` for as long as the port lives. A line that is no message is logged and
@@ -92,10 +91,10 @@ pub(crate) fn receive(port: Port, mut take: impl FnMut(FromHost)) {
             Ok(line) => match serde_json::from_slice(&line) {
                 Ok(message) => take(message),
                 Err(error) => {
-                    log(&format!("no message on COM4: {error}: {}", String::from_utf8_lossy(&line)))
+                    log(&format!("no message: {error}: {}", String::from_utf8_lossy(&line)));
                 }
             },
-            Err(error) => return log(&format!("cannot read COM4: {error}")),
+            Err(error) => return log(&format!("cannot read the host's messages: {error}")),
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The first program of an Oriel guest: mounts what the host shares, runs one command, reports its status and
-//! powers the machine off. What it is to do and how it talks to the host is [`oriel_init::protocol`].
+//! waits for the host to end the machine. What it is to do and how it talks to the host is [`oriel_init::protocol`].
 
 mod link;
 mod modules;
@@ -18,10 +18,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use oriel_init::initramfs::BUSYBOX_PATH;
-use oriel_init::protocol::{CONFIG_PATH, Config, FromGuest};
+use oriel_init::protocol::{
+    CONFIG_PATH, CONTROL_PORT, Config, FromGuest, STDERR_PORT, STDIN_PORT, STDOUT_PORT,
+};
 
 use crate::link::Port;
-use crate::process::Control;
+use crate::process::{Control, Ports};
 
 fn main() -> ExitCode {
     if !rustix::process::getpid().is_init() {
@@ -33,15 +35,18 @@ fn main() -> ExitCode {
         eprintln!("oriel-init: {error:#}");
         power_off();
     }
-    match Port::open(3) {
+    match Port::open(CONTROL_PORT) {
         Ok(mut messages) => {
             let last = match run(&mut messages) {
                 Ok(status) => FromGuest::Exited { status },
                 Err(error) => FromGuest::Failed { message: one_line(&error) },
             };
             log(&format!("{last:?}"));
-            if let Err(error) = link::send(&mut messages, &last) {
-                log(&one_line(&error));
+            rustix::fs::sync();
+            match link::send(&mut messages, &last) {
+                // Powering off would reset the console device, with output in it that the host has not read.
+                Ok(()) => wait_for_the_end(),
+                Err(error) => log(&one_line(&error)),
             }
         }
         Err(error) => log(&one_line(&error)),
@@ -72,15 +77,19 @@ fn run(messages: &mut Port) -> Result<u8> {
     std::env::set_current_dir(cwd)
         .with_context(|| format!("cannot enter the working directory {cwd}"))?;
 
-    let (output, error) = (Port::open(1)?, Port::open(2)?);
-    let control = Arc::new(Control::new().context("cannot create an eventfd")?);
+    let streams = Ports {
+        stdin: config.process.stdin.then(|| Port::open(STDIN_PORT)).transpose()?,
+        stdout: Port::open(STDOUT_PORT)?,
+        stderr: Port::open(STDERR_PORT)?,
+    };
+    let control = Arc::new(Control::default());
     let (port, listener) = (messages.try_clone()?, Arc::clone(&control));
     thread::Builder::new()
         .name("messages".into())
         .spawn(move || link::receive(port, |message| listener.take(message)))
         .context("cannot start a thread")?;
     link::send(messages, &FromGuest::Started)?;
-    let status = process::run(&config.process, ids, &control, output, error)?;
+    let status = process::run(&config.process, ids, &control, streams)?;
     std::env::set_current_dir("/").context("cannot leave the working directory")?;
     mounts::leave(&config.shares);
     Ok(status)
@@ -121,7 +130,11 @@ fn power_off() -> ! {
     if let Err(error) = rustix::system::reboot(rustix::system::RebootCommand::PowerOff) {
         log(&format!("cannot power off: {error}"));
     }
-    // The kernel panics when its first program ends, and the host has all it needs.
+    wait_for_the_end()
+}
+
+/// The kernel panics when its first program ends, and the host has all it needs.
+fn wait_for_the_end() -> ! {
     loop {
         thread::sleep(Duration::from_secs(3600));
     }

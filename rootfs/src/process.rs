@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,9 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use oriel_init::protocol::{FromHost, Process};
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::fs::{Access, AtFlags};
-use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, Uid, WaitOptions};
 use rustix::pty::OpenptFlags;
@@ -38,12 +36,10 @@ const FIRST_SIZE: Duration = Duration::from_millis(300);
 const COPY_BUFFER: usize = 64 * 1024;
 
 /// What the host has said, and whom it concerns.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Control {
     state: Mutex<State>,
     size_known: Condvar,
-    /// Readable once the end of standard input is known.
-    stdin_ended: OwnedFd,
 }
 
 #[derive(Debug, Default)]
@@ -55,15 +51,9 @@ struct State {
     /// The host's end of the command's terminal.
     terminal: Option<Arc<File>>,
     size: Option<(u16, u16)>,
-    stdin_end: Option<u64>,
 }
 
 impl Control {
-    pub(crate) fn new() -> io::Result<Self> {
-        let stdin_ended = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Self { state: Mutex::default(), size_known: Condvar::new(), stdin_ended })
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change is a single assignment: there is no half of one to fear.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -84,12 +74,6 @@ impl Control {
                     set_size(terminal, rows, columns);
                 }
                 self.size_known.notify_all();
-            }
-            FromHost::StdinEnd { bytes } => {
-                state.stdin_end = Some(bytes);
-                if let Err(error) = rustix::io::write(&self.stdin_ended, &1_u64.to_ne_bytes()) {
-                    log(&format!("cannot tell the end of standard input: {error}"));
-                }
             }
         }
     }
@@ -128,24 +112,25 @@ fn set_size(terminal: &File, rows: u16, columns: u16) {
     }
 }
 
-/// Runs the command to its end, in the working directory of this process, and returns its status. All that it and its children wrote has left the guest
-/// then, and none of them is left.
-pub(crate) fn run(
-    process: &Process,
-    ids: Ids,
-    control: &Arc<Control>,
-    output: Port,
-    error: Port,
-) -> Result<u8> {
+/// The ports of the command's streams.
+pub(crate) struct Ports {
+    /// Only when standard input is forwarded.
+    pub(crate) stdin: Option<Port>,
+    /// The screen, with a terminal.
+    pub(crate) stdout: Port,
+    pub(crate) stderr: Port,
+}
+
+/// Runs the command to its end, in the working directory of this process, and returns its status. All that it
+/// and its children wrote is in the ports then, and none of them is left.
+pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Ports) -> Result<u8> {
     let Some(name) = process.args.first() else { bail!("there is no command to run") };
-    let mut complaints = if process.terminal { output.try_clone()? } else { error.try_clone()? };
+    let mut complaints =
+        if process.terminal { ports.stdout.try_clone()? } else { ports.stderr.try_clone()? };
     let mut refuse = |status: u8, reason: &str| {
         let end = if process.terminal { "\r\n" } else { "\n" };
         let line = format!("oriel: exec {name:?}: {reason}{end}");
-        complaints
-            .write_all(line.as_bytes())
-            .and_then(|()| complaints.drain())
-            .context("cannot write to the host")?;
+        complaints.write_all(line.as_bytes()).context("cannot write to the host")?;
         Ok(status)
     };
     let program = match find(name, &process.env) {
@@ -167,9 +152,9 @@ pub(crate) fn run(
         };
     }
     let streams = if process.terminal {
-        Streams::terminal(&mut command, &ids, control, output)
+        Streams::terminal(&mut command, &ids, control, ports)
     } else {
-        Streams::pipes(&mut command, &ids, process.stdin, control, output, error)
+        Streams::pipes(&mut command, &ids, ports)
     }
     .context("cannot set up the command's standard streams")?;
     let groups = ids.groups.iter().map(|group| Gid::from_raw(*group)).collect();
@@ -253,49 +238,35 @@ fn kill_rest() {
 struct Streams(Vec<JoinHandle<io::Result<()>>>);
 
 impl Streams {
-    fn pipes(
-        command: &mut Command,
-        ids: &Ids,
-        stdin: bool,
-        control: &Arc<Control>,
-        output: Port,
-        error: Port,
-    ) -> io::Result<Self> {
-        if stdin {
-            let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-            own(&reader, ids)?;
-            // A larger buffer keeps a slow reader from stopping the serial line early; the default will do.
-            let _ = rustix::pipe::fcntl_setpipe_size(&writer, 1024 * 1024);
-            let (port, control) = (output.try_clone()?, Arc::clone(control));
-            // Nobody waits for this one: it may sit in a read of the port for ever.
-            thread::Builder::new().name("stdin".into()).spawn(move || {
-                if let Err(error) = feed(port, File::from(writer), &control) {
-                    log(&format!("standard input: {error}"));
-                }
-            })?;
-            command.stdin(Stdio::from(reader));
-        } else {
-            command.stdin(Stdio::null());
+    fn pipes(command: &mut Command, ids: &Ids, ports: Ports) -> io::Result<Self> {
+        match ports.stdin {
+            Some(port) => {
+                let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+                own(&reader, ids)?;
+                feed("stdin", port, File::from(writer))?;
+                command.stdin(Stdio::from(reader));
+            }
+            None => {
+                command.stdin(Stdio::null());
+            }
         }
         let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         own(&writer, ids)?;
         command.stdout(Stdio::from(writer));
-        let stdout = carry("stdout", File::from(reader), output)?;
+        let stdout = carry("stdout", File::from(reader), ports.stdout)?;
         let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         own(&writer, ids)?;
         command.stderr(Stdio::from(writer));
-        let stderr = carry("stderr", File::from(reader), error)?;
+        let stderr = carry("stderr", File::from(reader), ports.stderr)?;
         Ok(Self(vec![stdout, stderr]))
     }
 
-    /// A pseudoterminal between the command and the port. The port itself would not do: when the command,
-    /// which leads the session, exits, the kernel hangs up a serial terminal and throws away what it has not
-    /// sent yet.
+    /// A pseudoterminal between the command and the ports, which are no terminals.
     fn terminal(
         command: &mut Command,
         ids: &Ids,
         control: &Arc<Control>,
-        port: Port,
+        ports: Ports,
     ) -> io::Result<Self> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let host = rustix::pty::openpt(flags)?;
@@ -304,17 +275,14 @@ impl Streams {
         own(&guest, ids)?;
         let host = Arc::new(File::from(host));
         control.attach(Arc::clone(&host));
-        let (mut keyboard, mut input) = (port.try_clone()?, host.try_clone()?);
-        thread::Builder::new().name("keyboard".into()).spawn(move || {
-            if let Err(error) = io::copy(&mut keyboard, &mut input) {
-                log(&format!("terminal input: {error}"));
-            }
-        })?;
+        if let Some(port) = ports.stdin {
+            feed("keyboard", port, host.try_clone()?)?;
+        }
         command.stdin(guest.try_clone()?).stdout(guest.try_clone()?).stderr(guest);
-        Ok(Self(vec![carry("screen", host.try_clone()?, port)?]))
+        Ok(Self(vec![carry("screen", host.try_clone()?, ports.stdout)?]))
     }
 
-    /// Waits until all output has left. Nobody may hold the other ends any more.
+    /// Waits until all output is in the ports. Nobody may hold the other ends any more.
     fn finish(self) -> Result<()> {
         for thread in self.0 {
             match thread.join() {
@@ -331,59 +299,33 @@ fn own(stream: impl AsFd, ids: &Ids) -> io::Result<()> {
     Ok(rustix::fs::fchown(stream, Some(Uid::from_raw(ids.uid)), None)?)
 }
 
-/// Copies to the port what comes, until the end, and until the host has it.
+/// Copies to the port what comes, until the end.
 fn carry(name: &str, mut from: File, mut to: Port) -> io::Result<JoinHandle<io::Result<()>>> {
     thread::Builder::new().name(name.into()).spawn(move || {
         let mut buffer = vec![0; COPY_BUFFER];
         loop {
             let length = match from.read(&mut buffer) {
-                Ok(0) => break,
+                Ok(0) => return Ok(()),
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // A pseudoterminal that nobody has open on the other side.
-                Err(error) if error.raw_os_error() == Some(libc::EIO) => break,
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
                 Err(error) => return Err(error),
             };
             to.write_all(&buffer[..length])?;
         }
-        to.drain()
     })
 }
 
-/// Feeds the command's standard input until the host has said where it ends and that point is reached.
-fn feed(mut port: Port, command: File, control: &Control) -> io::Result<()> {
-    let mut command = Some(command);
-    let mut buffer = vec![0; COPY_BUFFER];
-    let mut fed: u64 = 0;
-    loop {
-        let end = control.state().stdin_end;
-        if end.is_some_and(|end| fed >= end) {
-            return Ok(());
-        }
-        let mut ready = [
-            PollFd::new(&port, PollFlags::IN),
-            PollFd::new(
-                &control.stdin_ended,
-                if end.is_none() { PollFlags::IN } else { PollFlags::empty() },
-            ),
-        ];
-        match rustix::event::poll(&mut ready, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        if ready[0].revents().is_empty() {
-            continue;
-        }
-        let length = port.read(&mut buffer)?;
-        fed += length as u64;
-        // A command that has closed its standard input does not stop the host from sending more.
-        if let Some(pipe) = &mut command
-            && pipe.write_all(&buffer[..length]).is_err()
-        {
-            command = None;
-        }
-    }
+/// Copies to the command what the host sends, until the host has ended it or the command takes no more.
+/// Nobody waits for this: the host may never end it.
+fn feed(name: &'static str, mut from: Port, mut to: File) -> io::Result<()> {
+    let copy = move || match io::copy(&mut from, &mut to) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => log(&format!("{name}: {error}")),
+        _ => {}
+    };
+    thread::Builder::new().name(name.into()).spawn(copy)?;
+    Ok(())
 }
 
 enum Found {

@@ -1,21 +1,32 @@
 //! What passes between the host and `oriel-init`.
 //!
 //! The host puts a [`Config`] as JSON into the initramfs at [`CONFIG_PATH`]. Once the guest runs, the
-//! serial ports carry the rest:
+//! ports of a virtio-console device carry the rest, each found by its name:
 //!
-//! | port | device | carries |
+//! | port | to the guest | to the host |
 //! |---|---|---|
-//! | COM1 | `/dev/ttyS0` | the kernel's console |
-//! | COM2 | `/dev/ttyS1` | the command's standard input and output (both, and standard error, with a terminal) |
-//! | COM3 | `/dev/ttyS2` | the command's standard error |
-//! | COM4 | `/dev/ttyS3` | [`FromHost`] and [`FromGuest`], one JSON object a line |
+//! | [`STDIN_PORT`] | standard input, or the keyboard | – |
+//! | [`STDOUT_PORT`] | – | standard output; everything, with a terminal |
+//! | [`STDERR_PORT`] | – | standard error |
+//! | [`CONTROL_PORT`] | [`FromHost`], one JSON object a line | [`FromGuest`], the same |
 //!
-//! The host sends nothing on COM2 and COM4 before [`FromGuest::Started`]: opening a port clears its receive
-//! FIFO. With a terminal, the size is to follow at once: `oriel-init` waits a moment for it. After that COM2's
-//! RTS is the guest's word that it can take input (where the host raises CTS): what is sent regardless may be
-//! lost once the guest's buffers are full.
+//! Standard input has a port of its own because its end is the port's: Linux neither reads from nor writes to
+//! a port that the host has closed. The host may send at any time: nothing is lost before the guest listens.
+//! With a terminal, the host sends the size at the start: `oriel-init` waits a moment for it.
+//!
+//! The guest ends with [`FromGuest::Exited`] or [`FromGuest::Failed`] and then waits: it has put all output
+//! into its queues, but does not know when the host has read them. The host reads them and ends the machine.
 
 use serde::{Deserialize, Serialize};
+
+/// The port of the command's standard input.
+pub const STDIN_PORT: &str = "org.oriel.stdin";
+/// The port of its standard output.
+pub const STDOUT_PORT: &str = "org.oriel.stdout";
+/// The port of its standard error.
+pub const STDERR_PORT: &str = "org.oriel.stderr";
+/// The port of the messages.
+pub const CONTROL_PORT: &str = "org.oriel.control";
 
 /// Where the host puts the [`Config`] in the initramfs.
 pub const CONFIG_PATH: &str = "/oriel/config.json";
@@ -85,7 +96,7 @@ pub struct Process {
     /// `USER[:GROUP]`, each a name from the root's `/etc/passwd` or `/etc/group`, or a number. `None` is
     /// root.
     pub user: Option<String>,
-    /// Give it a terminal (COM2) as its controlling terminal.
+    /// Give it a terminal as its controlling terminal.
     pub terminal: bool,
     /// Forward standard input. Otherwise it reads end of file at once.
     pub stdin: bool,
@@ -95,11 +106,6 @@ pub struct Process {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FromHost {
-    /// Standard input ended after this many bytes on COM2.
-    StdinEnd {
-        /// Bytes sent on COM2 since the start.
-        bytes: u64,
-    },
     /// Send this signal to the command.
     Signal {
         /// Linux signal number.
@@ -120,13 +126,13 @@ pub enum FromHost {
 pub enum FromGuest {
     /// The command is about to be started: everything is mounted.
     Started,
-    /// The command ended, and all it wrote has been sent. The guest powers off next.
+    /// The command ended, and all it wrote has been sent. The guest waits for its end.
     Exited {
         /// What `oriel run` exits with: the command's status, 128 + n when signal n killed it, 126 when it
         /// could not be executed, 127 when it was not found.
         status: u8,
     },
-    /// The sandbox could not be set up. The guest powers off next.
+    /// The sandbox could not be set up. The guest waits for its end.
     Failed {
         /// One line: what could not be done, with the name and the errno.
         message: String,

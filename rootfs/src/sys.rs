@@ -4,7 +4,7 @@
 use std::ffi::c_int;
 use std::io;
 use std::net::UdpSocket;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -46,14 +46,6 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads one ifreq, which `request` is.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) })
-}
-
-/// Whether the other end of a serial line says that it takes data (CTS).
-pub(crate) fn clear_to_send(port: BorrowedFd<'_>) -> bool {
-    let mut lines: c_int = 0;
-    // SAFETY: TIOCMGET writes one int, which `lines` is.
-    let result = unsafe { libc::ioctl(port.as_raw_fd(), libc::TIOCMGET, &raw mut lines) };
-    result == 0 && lines & libc::TIOCM_CTS != 0
 }
 
 /// Makes `command` start in a session of its own, with its standard input as the controlling terminal if

@@ -4,6 +4,7 @@
 //! [`transport`] knows registers and interrupts; a [`queue`] knows rings. Section numbers are those of the
 //! virtio 1.3 specification.
 
+pub mod console;
 pub mod fs;
 pub mod queue;
 pub mod transport;

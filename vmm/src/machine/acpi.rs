@@ -1,7 +1,7 @@
 //! The ACPI tables of a hardware-reduced platform: what there is, without firmware to ask.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package,
     ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -124,7 +124,7 @@ fn mcfg() -> MCFG {
     mcfg
 }
 
-/// The PCI root, the serial ports and the soft-off state.
+/// The PCI root, the serial port and the soft-off state.
 fn dsdt(mmio64: &Range<u64>) -> Vec<u8> {
     let hid = EISAName::new("PNP0A08");
     let cid = EISAName::new("PNP0A03");
@@ -161,9 +161,7 @@ fn dsdt(mmio64: &Range<u64>) -> Vec<u8> {
     let root =
         Device::new("PCI0".into(), vec![&hid, &cid, &segment, &base_bus, &unique, &resources]);
     let mut system_bus = encode(&Scope::new("\\_SB_".into(), vec![&root]));
-    for (index, (base, line)) in layout::SERIAL.into_iter().enumerate() {
-        system_bus.extend(serial_port(index as u8, base, line));
-    }
+    system_bus.extend(serial_port());
     let soft_off = Package::new(vec![&power::SLEEP_TYPE_S5, &zero, &zero, &zero]);
     let soft_off = Name::new("\\_S5_".into(), &soft_off);
 
@@ -173,16 +171,15 @@ fn dsdt(mmio64: &Range<u64>) -> Vec<u8> {
     dsdt.as_slice().to_vec()
 }
 
-fn serial_port(index: u8, base: u16, line: u32) -> Vec<u8> {
-    let name = format!("COM{}", index + 1);
+fn serial_port() -> Vec<u8> {
     let hid = EISAName::new("PNP0501");
-    let ports = IO::new(base, base, 1, serial::PORTS as u8);
-    let line = Interrupt::new(true, true, false, false, line);
+    let ports = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, serial::PORTS as u8);
+    let line = Interrupt::new(true, true, false, false, layout::SERIAL_LINE);
     let hid = Name::new("_HID".into(), &hid);
-    let unique = Name::new("_UID".into(), &index);
+    let unique = Name::new("_UID".into(), &0u8);
     let resources = ResourceTemplate::new(vec![&ports, &line]);
     let resources = Name::new("_CRS".into(), &resources);
-    let device = Device::new(Path::new(&name), vec![&hid, &unique, &resources]);
+    let device = Device::new("COM1".into(), vec![&hid, &unique, &resources]);
     encode(&Scope::new("\\_SB_".into(), vec![&device]))
 }
 

@@ -1,4 +1,4 @@
-//! Interrupts: I/O APIC pins for the serial ports, message-signalled ones for PCI, all by irqfd.
+//! Interrupts: I/O APIC pins for the serial port, message-signalled ones for PCI, all by irqfd.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -59,8 +59,10 @@ pub const REGION_TAIL: u64 = 4096;
 pub const PCI_CONFIG_PORTS: u64 = 0xcf8;
 /// Power and reset registers (`devices::power`).
 pub const POWER_PORTS: u16 = 0x600;
-/// COM1 to COM4: base port and interrupt line. Lines of their own, so that none is shared.
-pub const SERIAL: [(u16, u32); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 5), (0x2e8, 7)];
+/// COM1: base port.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// COM1's interrupt line.
+pub const SERIAL_LINE: u32 = 4;
 
 /// Number of I/O APIC pins: the first message-signalled interrupt's GSI.
 pub const IO_APIC_PINS: u32 = 24;

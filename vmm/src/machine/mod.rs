@@ -1,7 +1,7 @@
 //! The machine: memory, interrupts, CPUs and buses, put together and run.
 //!
-//! [`Machine::new`] makes an empty one, [`Machine::add_fs`] adds a virtio-fs device for each share, and
-//! [`Machine::start`] loads a kernel and lets the vCPUs go. All that the guest can touch is in the `devices`
+//! [`Machine::new`] makes an empty one, [`Machine::add_fs`] adds a virtio-fs device for each share,
+//! [`Machine::add_console`] the ports that a command's streams go through, and [`Machine::start`] loads a kernel and lets the vCPUs go. All that the guest can touch is in the `devices`
 //! crate; here is what only KVM can give it.
 
 mod acpi;
@@ -24,8 +24,9 @@ use devices::dax::{DaxWindow, Window};
 use devices::pci::{AddressWindow, AddressWindows, PciRoot, root};
 use devices::power::{self, Power, PowerRequest};
 use devices::serial::{self, SerialPort};
-use devices::virtio::VirtioPci;
+use devices::virtio::console::ConsoleDevice;
 use devices::virtio::fs::{self, FsDevice, Server};
+use devices::virtio::{VirtioDevice, VirtioPci};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::GuestAddressSpace;
@@ -53,8 +54,8 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// Guest RAM.
     pub memory: MemoryConfig,
-    /// Where COM1 to COM4 send.
-    pub serial: [Box<dyn Write + Send>; 4],
+    /// Where COM1 sends: the kernel's console.
+    pub serial: Box<dyn Write + Send>,
     /// Called once or more, from vCPU threads, when the guest stopped.
     pub on_stop: Arc<dyn Fn(StopReason) + Send + Sync>,
 }
@@ -65,7 +66,7 @@ pub struct MachineConfig {
 /// memory, then the VM.
 pub struct Machine {
     running: Option<(Arc<Exits>, Vec<JoinHandle<()>>)>,
-    serial: [Arc<SerialPort>; 4],
+    serial: Arc<SerialPort>,
     pci: Arc<PciRoot>,
     windows: Vec<Arc<Window>>,
     interrupts: Arc<Interrupts>,
@@ -79,7 +80,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine with RAM, interrupt controllers and serial ports, without a kernel.
+    /// A machine with RAM, interrupt controllers and a serial port, without a kernel.
     ///
     /// # Errors
     ///
@@ -95,12 +96,8 @@ impl Machine {
         let address_windows = AddressWindows { mmio32: layout::MMIO32, mmio64 };
         let pci = Arc::new(PciRoot::new(address_windows.clone()));
         let interrupts = Interrupts::new(vm.clone());
-        let mut ports = Vec::new();
-        for ((_, line), output) in layout::SERIAL.into_iter().zip(config.serial) {
-            let line = interrupts.line(line).context("serial interrupt")?;
-            ports.push(Arc::new(SerialPort::new(line, output)));
-        }
-        let serial = <[_; 4]>::try_from(ports).ok().context("four serial ports")?;
+        let line = interrupts.line(layout::SERIAL_LINE).context("serial interrupt")?;
+        let serial = Arc::new(SerialPort::new(line, config.serial));
         Ok(Self {
             running: None,
             serial,
@@ -133,17 +130,30 @@ impl Machine {
             slot: self.slots.window(window.clone()),
         });
         let device = FsDevice::new(config, server, shown).context("virtio-fs device")?;
-        let controller = MsiController(self.interrupts.clone());
-        let function = VirtioPci::new(Arc::new(device), self.slots.memory().clone(), &controller)
-            .context("virtio-fs device")?;
-        self.pci.add(Arc::new(function)).context("virtio-fs device")?;
+        self.add_device(Arc::new(device)).context("virtio-fs device")?;
         self.windows.extend(window);
         Ok(())
     }
 
-    /// COM`number`, from 1 to 4.
-    pub fn serial(&self, number: usize) -> &Arc<SerialPort> {
-        &self.serial[number.clamp(1, 4) - 1]
+    /// Adds a console device. Who gave it keeps it, to send input and to wait for the last output.
+    ///
+    /// # Errors
+    ///
+    /// When the PCI bus has no room, or the host refuses.
+    pub fn add_console(&mut self, device: Arc<ConsoleDevice>) -> Result<()> {
+        self.add_device(device).context("virtio-console device")
+    }
+
+    fn add_device(&self, device: Arc<dyn VirtioDevice>) -> Result<()> {
+        let controller = MsiController(self.interrupts.clone());
+        let function = VirtioPci::new(device, self.slots.memory().clone(), &controller)?;
+        self.pci.add(Arc::new(function))?;
+        Ok(())
+    }
+
+    /// COM1.
+    pub fn serial(&self) -> &Arc<SerialPort> {
+        &self.serial
     }
 
     /// Loads `image` and runs the guest.
@@ -180,9 +190,7 @@ impl Machine {
     /// Both buses, with everybody on them.
     fn exits(&self) -> Result<Exits> {
         let mut ports = Bus::new();
-        for ((base, _), port) in layout::SERIAL.into_iter().zip(&self.serial) {
-            ports.attach(base.into(), serial::PORTS, port.clone())?;
-        }
+        ports.attach(layout::SERIAL_PORT.into(), serial::PORTS, self.serial.clone())?;
         let on_stop = self.on_stop.clone();
         let power = Power::new(move |request| {
             on_stop(match request {

@@ -4,6 +4,7 @@ mod plan;
 mod streams;
 mod terminal;
 
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -15,10 +16,13 @@ use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
 use devices::serial::SerialPort;
 use devices::share::{self, CachePolicy, DaxPolicy, Share};
+use devices::virtio::console::{ConsoleDevice, Port, PortInput};
 use devices::virtio::fs;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use indicatif::{ProgressBar, ProgressStyle};
-use oriel_init::protocol::{Dax, FromGuest, FromHost};
+use oriel_init::protocol::{
+    CONTROL_PORT, Dax, FromGuest, FromHost, STDERR_PORT, STDIN_PORT, STDOUT_PORT,
+};
 use rustix::process::Signal;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -29,16 +33,11 @@ use crate::cli::{Cache, ConsoleTarget, RunArgs, STATUS_SANDBOX, UsageError};
 use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::{host, kernel};
 
-/// Which serial port carries what (see `oriel_init::protocol`).
-const CONSOLE_PORT: usize = 1;
-const COMMAND_PORT: usize = 2;
-const MESSAGE_PORT: usize = 4;
-
 /// A boot that takes longer than this shows that it goes on.
 const PROGRESS_AFTER: Duration = Duration::from_secs(2);
 /// As many times must the user ask before a command that does not end is ended with its sandbox.
 const PATIENCE: u32 = 3;
-/// Input is read from the user no faster than the guest takes it.
+/// Input is read from the user no faster than COM1 takes it.
 const INPUT_AHEAD: usize = 64 << 10;
 const INPUT_PAUSE: Duration = Duration::from_millis(2);
 
@@ -51,6 +50,8 @@ pub enum Event {
     Stopped(StopReason),
     /// Nobody reads the command's output any more.
     OutputClosed,
+    /// All that the guest has sent is where it belongs.
+    Drained,
 }
 
 /// Runs the sandbox that `args` describe and returns the exit status.
@@ -85,12 +86,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let config = MachineConfig {
         cpus: args.cpus,
         memory: args.memory.clone(),
-        serial: [
-            Box::new(Console { target: console_target(args)?, tail: tail.clone() }),
-            Box::new(Output::new(duplicate(rustix::stdio::stdout())?, notifier.clone())),
-            Box::new(Output::new(duplicate(rustix::stdio::stderr())?, notifier.clone())),
-            Box::new(Messages::new(notifier)),
-        ],
+        serial: Box::new(Console { target: console_target(args)?, tail: tail.clone() }),
         on_stop: Arc::new(move |reason| stopped.send(Event::Stopped(reason))),
     };
     let mut machine = Machine::new(kvm, config)?;
@@ -99,29 +95,30 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         let session = add_share(&mut machine, share, args.cpus)?;
         sessions.push((share.tag.clone(), session));
     }
+    // A foreign init knows nothing of our ports: it has COM1 alone.
+    let foreign = args.initrd.is_some();
+    let link = if foreign { None } else { Some(Link::new(&mut machine, &notifier)?) };
     let raw = args.tty.then(RawTerminal::enter).transpose()?;
     machine.start(&image)?;
     drop(image);
 
-    let foreign = args.initrd.is_some();
-    let messages = (!foreign).then(|| machine.serial(MESSAGE_PORT).clone());
-    let mut input = args
-        .interactive
-        .then(|| machine.serial(if foreign { CONSOLE_PORT } else { COMMAND_PORT }).clone());
-    // A foreign init says nothing when it is ready: its console takes input from the start.
-    if foreign && let Some(port) = input.take() {
-        forward_input(port, None)?;
+    match &link {
+        _ if !args.interactive => {}
+        Some(link) => forward_input(Sink::Port(link.stdin.clone()))?,
+        None => forward_input(Sink::Serial(machine.serial().clone()))?,
     }
     let supervisor = Supervisor {
         wake,
         events,
+        notifier,
         signals: Signals::new()?,
-        messages,
-        input,
+        link,
         progress,
         outcome: Outcome::default(),
         terminal: args.tty,
+        draining: false,
     };
+    supervisor.resize();
     let outcome = supervisor.wait()?;
     machine.stop();
     drop(raw);
@@ -194,18 +191,77 @@ fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
     })
 }
 
+/// The way to `oriel-init` and its command: the console device (see `oriel_init::protocol`).
+struct Link {
+    console: Arc<ConsoleDevice>,
+    stdin: PortInput,
+    control: PortInput,
+}
+
+impl Link {
+    fn new(machine: &mut Machine, notifier: &Notifier) -> Result<Self> {
+        let stdout = Output::new(duplicate(rustix::stdio::stdout())?, notifier.clone());
+        let stderr = Output::new(duplicate(rustix::stdio::stderr())?, notifier.clone());
+        let ports: [(_, Option<Box<dyn Write + Send>>); 4] = [
+            (STDIN_PORT, None),
+            (STDOUT_PORT, Some(Box::new(stdout))),
+            (STDERR_PORT, Some(Box::new(stderr))),
+            (CONTROL_PORT, Some(Box::new(Messages::new(notifier.clone())))),
+        ];
+        let ports = ports.map(|(name, output)| Port { name: name.to_string(), output });
+        let console = Arc::new(ConsoleDevice::new(ports.into()).context("virtio-console device")?);
+        machine.add_console(console.clone())?;
+        let input = |port| console.input(port).context("virtio-console device");
+        let (stdin, control) = (input(0)?, input(3)?);
+        Ok(Self { console, stdin, control })
+    }
+
+    fn tell(&self, message: &FromHost) {
+        match serde_json::to_string(message) {
+            // The guest reads its messages at once, unless it is up to no good.
+            Ok(line) if !self.control.try_send(format!("{line}\n").as_bytes()) => {
+                log::warn!("the guest does not listen: {line} is lost");
+            }
+            Ok(_) => {}
+            Err(error) => log::error!("message not sent: {error}"),
+        }
+    }
+}
+
+/// Where standard input goes.
+enum Sink {
+    Port(PortInput),
+    Serial(Arc<SerialPort>),
+}
+
+impl Sink {
+    /// Returns when there is room for more. `false`: nobody takes it any more.
+    fn send(&self, bytes: &[u8]) -> bool {
+        match self {
+            Self::Port(port) => port.send(bytes).is_ok(),
+            Self::Serial(port) => {
+                port.send(bytes);
+                while port.queued() > INPUT_AHEAD {
+                    std::thread::sleep(INPUT_PAUSE);
+                }
+                true
+            }
+        }
+    }
+}
+
 /// Reads standard input on a thread of its own: it may be a file, which epoll does not take, and it may
 /// never end.
-fn forward_input(port: Arc<SerialPort>, messages: Option<Arc<SerialPort>>) -> Result<()> {
+fn forward_input(sink: Sink) -> Result<()> {
     let forward = move || {
-        let mut bytes = 0;
-        let mut buffer = vec![0; 4096];
+        let mut buffer = vec![0; INPUT_AHEAD];
         loop {
             match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
                 Ok(0) | Err(rustix::io::Errno::IO) => break,
                 Ok(count) => {
-                    port.send(buffer.get(..count).unwrap_or_default());
-                    bytes += count as u64;
+                    if !sink.send(buffer.get(..count).unwrap_or_default()) {
+                        break;
+                    }
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
@@ -213,23 +269,14 @@ fn forward_input(port: Arc<SerialPort>, messages: Option<Arc<SerialPort>>) -> Re
                     break;
                 }
             }
-            while port.queued() > INPUT_AHEAD {
-                std::thread::sleep(INPUT_PAUSE);
-            }
         }
-        if let Some(messages) = messages {
-            tell(&messages, &FromHost::StdinEnd { bytes });
+        // A serial line has no end.
+        if let Sink::Port(port) = sink {
+            port.close();
         }
     };
     std::thread::Builder::new().name("stdin".into()).spawn(forward).context("input thread")?;
     Ok(())
-}
-
-fn tell(port: &SerialPort, message: &FromHost) {
-    match serde_json::to_string(message) {
-        Ok(line) => port.send(format!("{line}\n").as_bytes()),
-        Err(error) => log::error!("message not sent: {error}"),
-    }
 }
 
 /// What is known of how the sandbox ended.
@@ -289,14 +336,15 @@ impl Signals {
 struct Supervisor {
     wake: Arc<EventFd>,
     events: Receiver<Event>,
+    notifier: Notifier,
     signals: Signals,
-    /// COM4, when `oriel-init` is at its other end.
-    messages: Option<Arc<SerialPort>>,
-    /// Where standard input goes once the command is there to read it.
-    input: Option<Arc<SerialPort>>,
+    /// When `oriel-init` is at its other end.
+    link: Option<Link>,
     progress: Progress,
     outcome: Outcome,
     terminal: bool,
+    /// The guest is at its end, and its output is on the way.
+    draining: bool,
 }
 
 impl Supervisor {
@@ -314,6 +362,35 @@ impl Supervisor {
         watch.supervisor.progress.finish();
         Ok(watch.supervisor.outcome)
     }
+
+    /// Tells the guest the terminal's size.
+    fn resize(&self) {
+        if let (true, Some(link), Some((rows, columns))) =
+            (self.terminal, &self.link, terminal::size())
+        {
+            link.tell(&FromHost::Resize { rows, columns });
+        }
+    }
+
+    /// The guest says no more, but what it has said may not be written yet, and may not be for long: nobody
+    /// has to read our output now. That is waited for on a thread, so that signals still count.
+    fn drain(&mut self) {
+        if std::mem::replace(&mut self.draining, true) {
+            return;
+        }
+        let (console, notifier) =
+            (self.link.as_ref().map(|link| link.console.clone()), self.notifier.clone());
+        let drain = move || {
+            if let Some(console) = console {
+                console.finish();
+            }
+            notifier.send(Event::Drained);
+        };
+        if let Err(error) = std::thread::Builder::new().name("drain".into()).spawn(drain) {
+            log::error!("output may be lost: {error}");
+            self.notifier.send(Event::Drained);
+        }
+    }
 }
 
 struct Watch {
@@ -328,13 +405,7 @@ impl Watch {
         match event {
             Event::Guest(FromGuest::Started) => {
                 supervisor.progress.finish();
-                supervisor.outcome.message = Some(FromGuest::Started);
-                if let Some(port) = supervisor.input.take()
-                    && let Err(error) = forward_input(port, supervisor.messages.clone())
-                {
-                    log::error!("no standard input: {error:#}");
-                }
-                self.resize();
+                supervisor.outcome.message.get_or_insert(FromGuest::Started);
             }
             Event::Guest(message) => {
                 // The first word counts: nothing that the guest says later undoes it.
@@ -345,26 +416,20 @@ impl Watch {
                 if !ended {
                     supervisor.outcome.message = Some(message);
                 }
+                supervisor.drain();
             }
             Event::Stopped(reason) => {
                 supervisor.outcome.reason.get_or_insert(reason);
-                self.done = true;
+                supervisor.drain();
             }
+            Event::Drained => self.done = true,
             Event::OutputClosed => self.signal_guest(Signal::PIPE.as_raw()),
         }
     }
 
     fn signal_guest(&self, number: i32) {
-        if let Some(port) = &self.supervisor.messages {
-            tell(port, &FromHost::Signal { number });
-        }
-    }
-
-    fn resize(&self) {
-        if let (true, Some(port), Some((rows, columns))) =
-            (self.supervisor.terminal, &self.supervisor.messages, terminal::size())
-        {
-            tell(port, &FromHost::Resize { rows, columns });
+        if let Some(link) = &self.supervisor.link {
+            link.tell(&FromHost::Signal { number });
         }
     }
 
@@ -372,9 +437,10 @@ impl Watch {
     /// the sandbox.
     fn signal(&mut self, number: i32) {
         if number == Signal::WINCH.as_raw() {
-            return self.resize();
+            return self.supervisor.resize();
         }
-        let running = self.supervisor.outcome.message == Some(FromGuest::Started);
+        let running = self.supervisor.outcome.message == Some(FromGuest::Started)
+            && !self.supervisor.draining;
         self.patience = self.patience.saturating_sub(1);
         if running && self.patience > 0 {
             self.signal_guest(number);

@@ -10,7 +10,7 @@ use crate::cli::{InitrdSource, RunArgs, ShareOptions, UsageError};
 use crate::kernel::{Assets, BootImage, Kernel};
 
 /// What every kernel is told. `panic=-1`: reset at once, which ends the sandbox, instead of hanging.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 8250.nr_uarts=4 random.trust_cpu=on";
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 random.trust_cpu=on";
 /// The environment of a container, as docker has it.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const ROOT_TAG: &str = "root";

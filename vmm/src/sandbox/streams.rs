@@ -1,4 +1,4 @@
-//! What the serial ports are connected to.
+//! What the serial port and the console device are connected to.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -16,7 +16,7 @@ const TAIL: usize = 16 << 10;
 /// No message of the guest is longer; what is, is dropped up to its end.
 const MESSAGE_MAX: usize = 64 << 10;
 
-/// Tells the main thread of an event. Called by vCPU threads.
+/// Tells the main thread of an event. Any thread.
 #[derive(Clone)]
 pub struct Notifier {
     events: Sender<Event>,
@@ -81,7 +81,7 @@ impl Write for Console {
     }
 }
 
-/// COM2 and COM3: the command's output. The first time that nobody reads it any more, the main thread is
+/// The ports of the command's output. The first time that nobody reads it any more, the main thread is
 /// told, which tells the command.
 pub struct Output {
     target: OwnedFd,
@@ -127,7 +127,7 @@ fn write_all(target: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// COM4: lines of JSON.
+/// The control port: lines of JSON.
 pub struct Messages {
     line: Vec<u8>,
     notifier: Notifier,
