@@ -1,45 +1,32 @@
 //! One sandbox from the command line to its exit status.
 
+mod link;
 mod plan;
 mod streams;
+mod supervisor;
 mod terminal;
 
-use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::mem::ManuallyDrop;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::sync::mpsc::channel;
 
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
-use devices::serial::SerialPort;
 use devices::share::{self, CachePolicy, DaxPolicy, Share};
-use devices::virtio::console::{ConsoleDevice, Port, PortInput};
 use devices::virtio::fs;
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use indicatif::{ProgressBar, ProgressStyle};
-use oriel_init::protocol::{
-    CONTROL_PORT, Dax, FromGuest, FromHost, STDERR_PORT, STDIN_PORT, STDOUT_PORT,
-};
-use rustix::process::Signal;
+use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::link::{Link, Sink, forward_input};
 use self::plan::PlannedShare;
-use self::streams::{Console, Messages, Notifier, Output, Tail};
+use self::streams::{Console, Notifier, Tail, duplicate};
+use self::supervisor::{Outcome, Progress, Signals, Supervisor};
 use self::terminal::RawTerminal;
-use crate::cli::{Cache, ConsoleTarget, RunArgs, STATUS_SANDBOX, UsageError};
+use crate::cli::{Cache, ConsoleTarget, RunArgs, UsageError};
 use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::{host, kernel};
-
-/// A boot that takes longer than this shows that it goes on.
-const PROGRESS_AFTER: Duration = Duration::from_secs(2);
-/// As many times must the user ask before a command that does not end is ended with its sandbox.
-const PATIENCE: u32 = 3;
-/// Input is read from the user no faster than COM1 takes it.
-const INPUT_AHEAD: usize = 64 << 10;
-const INPUT_PAUSE: Duration = Duration::from_millis(2);
 
 /// What the main thread waits for.
 #[derive(Debug, PartialEq, Eq)]
@@ -89,7 +76,9 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         serial: Box::new(Console { target: console_target(args)?, tail: tail.clone() }),
         on_stop: Arc::new(move |reason| stopped.send(Event::Stopped(reason))),
     };
-    let mut machine = Machine::new(kvm, config)?;
+    // Never dropped: a worker may hang in a file system of the host that does not answer, and to wait for it
+    // would be to hang too. The end of the process, which is near, gives everything back.
+    let mut machine = ManuallyDrop::new(Machine::new(kvm, config)?);
     let mut sessions = Vec::new();
     for share in &shares {
         let session = add_share(&mut machine, share, args.cpus)?;
@@ -173,10 +162,6 @@ fn add_share(machine: &mut Machine, share: &PlannedShare, cpus: u8) -> Result<Ar
     Ok(session)
 }
 
-fn duplicate(stream: impl AsFd) -> Result<OwnedFd> {
-    rustix::io::fcntl_dupfd_cloexec(stream, 3).context("a standard stream is closed")
-}
-
 fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
     let default = if args.initrd.is_some() { ConsoleTarget::Stdout } else { ConsoleTarget::None };
     Ok(match args.console.as_ref().unwrap_or(&default) {
@@ -189,318 +174,6 @@ fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
             Some(file.into())
         }
     })
-}
-
-/// The way to `oriel-init` and its command: the console device (see `oriel_init::protocol`).
-struct Link {
-    console: Arc<ConsoleDevice>,
-    stdin: PortInput,
-    control: PortInput,
-}
-
-impl Link {
-    fn new(machine: &mut Machine, notifier: &Notifier) -> Result<Self> {
-        let stdout = Output::new(duplicate(rustix::stdio::stdout())?, notifier.clone());
-        let stderr = Output::new(duplicate(rustix::stdio::stderr())?, notifier.clone());
-        let ports: [(_, Option<Box<dyn Write + Send>>); 4] = [
-            (STDIN_PORT, None),
-            (STDOUT_PORT, Some(Box::new(stdout))),
-            (STDERR_PORT, Some(Box::new(stderr))),
-            (CONTROL_PORT, Some(Box::new(Messages::new(notifier.clone())))),
-        ];
-        let ports = ports.map(|(name, output)| Port { name: name.to_string(), output });
-        let console = Arc::new(ConsoleDevice::new(ports.into()).context("virtio-console device")?);
-        machine.add_console(console.clone())?;
-        let input = |port| console.input(port).context("virtio-console device");
-        let (stdin, control) = (input(0)?, input(3)?);
-        Ok(Self { console, stdin, control })
-    }
-
-    fn tell(&self, message: &FromHost) {
-        match serde_json::to_string(message) {
-            // The guest reads its messages at once, unless it is up to no good.
-            Ok(line) if !self.control.try_send(format!("{line}\n").as_bytes()) => {
-                log::warn!("the guest does not listen: {line} is lost");
-            }
-            Ok(_) => {}
-            Err(error) => log::error!("message not sent: {error}"),
-        }
-    }
-}
-
-/// Where standard input goes.
-enum Sink {
-    Port(PortInput),
-    Serial(Arc<SerialPort>),
-}
-
-impl Sink {
-    /// Returns when there is room for more. `false`: nobody takes it any more.
-    fn send(&self, bytes: &[u8]) -> bool {
-        match self {
-            Self::Port(port) => port.send(bytes).is_ok(),
-            Self::Serial(port) => {
-                port.send(bytes);
-                while port.queued() > INPUT_AHEAD {
-                    std::thread::sleep(INPUT_PAUSE);
-                }
-                true
-            }
-        }
-    }
-}
-
-/// Reads standard input on a thread of its own: it may be a file, which epoll does not take, and it may
-/// never end.
-fn forward_input(sink: Sink) -> Result<()> {
-    let forward = move || {
-        let mut buffer = vec![0; INPUT_AHEAD];
-        loop {
-            match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
-                Ok(0) | Err(rustix::io::Errno::IO) => break,
-                Ok(count) => {
-                    if !sink.send(buffer.get(..count).unwrap_or_default()) {
-                        break;
-                    }
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    log::warn!("standard input: {error}");
-                    break;
-                }
-            }
-        }
-        // A serial line has no end.
-        if let Sink::Port(port) = sink {
-            port.close();
-        }
-    };
-    std::thread::Builder::new().name("stdin".into()).spawn(forward).context("input thread")?;
-    Ok(())
-}
-
-/// What is known of how the sandbox ended.
-#[derive(Default)]
-struct Outcome {
-    message: Option<FromGuest>,
-    reason: Option<StopReason>,
-    /// The user's signal that ended it from outside.
-    killed: Option<i32>,
-}
-
-impl Outcome {
-    fn status(&self, foreign: bool, tail: &Tail) -> Result<u8> {
-        if let Some(signal) = self.killed {
-            return Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(u8::MAX)));
-        }
-        match (&self.message, &self.reason) {
-            (Some(FromGuest::Exited { status }), _) => return Ok(*status),
-            (Some(FromGuest::Failed { message }), _) => bail!("{message}"),
-            (_, Some(StopReason::PowerOff)) if foreign => return Ok(0),
-            _ => {}
-        }
-        let text = tail.text();
-        if !foreign && !text.trim().is_empty() {
-            eprintln!("--- the end of the guest's console ---\n{}\n---", text.trim_end());
-        }
-        match &self.reason {
-            Some(StopReason::Crashed(what)) => bail!("the guest cannot go on: {what}"),
-            Some(StopReason::PowerOff) => bail!("the guest powered off before the command ended"),
-            Some(StopReason::Reset) => bail!(
-                "the guest reset itself (status {STATUS_SANDBOX}): a reboot, or a kernel that panicked; see \
-                 --console"
-            ),
-            None => bail!("the sandbox was left"),
-        }
-    }
-}
-
-/// The signals that are the user's to send, each a pipe that the event loop watches.
-struct Signals(Vec<(i32, UnixStream)>);
-
-impl Signals {
-    fn new() -> Result<Self> {
-        let watched = [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT, Signal::WINCH];
-        let mut pipes = Vec::new();
-        for signal in watched.map(Signal::as_raw) {
-            let (reader, writer) = UnixStream::pair().context("signal pipe")?;
-            reader.set_nonblocking(true).context("signal pipe")?;
-            signal_hook::low_level::pipe::register(signal, writer).context("signal handler")?;
-            pipes.push((signal, reader));
-        }
-        Ok(Self(pipes))
-    }
-}
-
-/// Follows a running sandbox to its end.
-struct Supervisor {
-    wake: Arc<EventFd>,
-    events: Receiver<Event>,
-    notifier: Notifier,
-    signals: Signals,
-    /// When `oriel-init` is at its other end.
-    link: Option<Link>,
-    progress: Progress,
-    outcome: Outcome,
-    terminal: bool,
-    /// The guest is at its end, and its output is on the way.
-    draining: bool,
-}
-
-impl Supervisor {
-    fn wait(self) -> Result<Outcome> {
-        let mut manager = EventManager::<Box<Watch>>::new().context("event loop")?;
-        let watch = Box::new(Watch { supervisor: self, patience: PATIENCE, done: false });
-        let id = manager.add_subscriber(watch);
-        loop {
-            manager.run().context("event loop")?;
-            if manager.subscriber_mut(id).context("event loop")?.done {
-                break;
-            }
-        }
-        let watch = manager.remove_subscriber(id).context("event loop")?;
-        watch.supervisor.progress.finish();
-        Ok(watch.supervisor.outcome)
-    }
-
-    /// Tells the guest the terminal's size.
-    fn resize(&self) {
-        if let (true, Some(link), Some((rows, columns))) =
-            (self.terminal, &self.link, terminal::size())
-        {
-            link.tell(&FromHost::Resize { rows, columns });
-        }
-    }
-
-    /// The guest says no more, but what it has said may not be written yet, and may not be for long: nobody
-    /// has to read our output now. That is waited for on a thread, so that signals still count.
-    fn drain(&mut self) {
-        if std::mem::replace(&mut self.draining, true) {
-            return;
-        }
-        let (console, notifier) =
-            (self.link.as_ref().map(|link| link.console.clone()), self.notifier.clone());
-        let drain = move || {
-            if let Some(console) = console {
-                console.finish();
-            }
-            notifier.send(Event::Drained);
-        };
-        if let Err(error) = std::thread::Builder::new().name("drain".into()).spawn(drain) {
-            log::error!("output may be lost: {error}");
-            self.notifier.send(Event::Drained);
-        }
-    }
-}
-
-struct Watch {
-    supervisor: Supervisor,
-    patience: u32,
-    done: bool,
-}
-
-impl Watch {
-    fn handle(&mut self, event: Event) {
-        let supervisor = &mut self.supervisor;
-        match event {
-            Event::Guest(FromGuest::Started) => {
-                supervisor.progress.finish();
-                supervisor.outcome.message.get_or_insert(FromGuest::Started);
-            }
-            Event::Guest(message) => {
-                // The first word counts: nothing that the guest says later undoes it.
-                let ended = matches!(
-                    supervisor.outcome.message,
-                    Some(FromGuest::Exited { .. } | FromGuest::Failed { .. })
-                );
-                if !ended {
-                    supervisor.outcome.message = Some(message);
-                }
-                supervisor.drain();
-            }
-            Event::Stopped(reason) => {
-                supervisor.outcome.reason.get_or_insert(reason);
-                supervisor.drain();
-            }
-            Event::Drained => self.done = true,
-            Event::OutputClosed => self.signal_guest(Signal::PIPE.as_raw()),
-        }
-    }
-
-    fn signal_guest(&self, number: i32) {
-        if let Some(link) = &self.supervisor.link {
-            link.tell(&FromHost::Signal { number });
-        }
-    }
-
-    /// A signal goes to the command, once there is one. Without one, or when it does not end by it, it ends
-    /// the sandbox.
-    fn signal(&mut self, number: i32) {
-        if number == Signal::WINCH.as_raw() {
-            return self.supervisor.resize();
-        }
-        let running = self.supervisor.outcome.message == Some(FromGuest::Started)
-            && !self.supervisor.draining;
-        self.patience = self.patience.saturating_sub(1);
-        if running && self.patience > 0 {
-            self.signal_guest(number);
-        } else {
-            self.supervisor.outcome.killed = Some(number);
-            self.done = true;
-        }
-    }
-}
-
-impl MutEventSubscriber for Watch {
-    fn process(&mut self, events: Events, _: &mut EventOps) {
-        let source = events.fd();
-        let signals = &self.supervisor.signals.0;
-        let signal = signals.iter().find(|(_, pipe)| pipe.as_raw_fd() == source);
-        if let Some((number, pipe)) = signal {
-            let number = *number;
-            let mut bytes = [0; 64];
-            // Several of one signal are one.
-            let _ = rustix::io::read(pipe, &mut bytes);
-            return self.signal(number);
-        }
-        if let Err(error) = self.supervisor.wake.read() {
-            log::debug!("woken for nothing: {error}");
-        }
-        while let Ok(event) = self.supervisor.events.try_recv() {
-            self.handle(event);
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        let pipes = self.supervisor.signals.0.iter().map(|(_, pipe)| pipe.as_raw_fd());
-        let sources = pipes.chain([self.supervisor.wake.as_raw_fd()]);
-        for source in sources {
-            if let Err(error) = ops.add(Events::new_raw(source, EventSet::IN)) {
-                log::error!("event loop: {error:?}");
-            }
-        }
-    }
-}
-
-/// Says that a slow boot goes on, on a terminal only.
-struct Progress {
-    bar: ProgressBar,
-}
-
-impl Progress {
-    fn start() -> Self {
-        let bar = ProgressBar::no_length();
-        if let Ok(style) = ProgressStyle::with_template("{spinner} booting the sandbox ({elapsed})")
-        {
-            bar.set_style(style);
-        }
-        bar.enable_steady_tick(PROGRESS_AFTER);
-        Self { bar }
-    }
-
-    fn finish(&self) {
-        self.bar.finish_and_clear();
-    }
 }
 
 /// One object a share: tag, and what its session counted.

@@ -2,10 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use anyhow::{Context, Result};
 use oriel_init::protocol::FromGuest;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -109,6 +111,15 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// A descriptor of our own for a standard stream.
+///
+/// # Errors
+///
+/// When the stream is closed.
+pub fn duplicate(stream: impl AsFd) -> Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(stream, 3).context("a standard stream is closed")
 }
 
 fn write_all(target: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {

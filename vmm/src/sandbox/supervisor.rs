@@ -1,0 +1,274 @@
+//! Following a running sandbox to its end.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use indicatif::{ProgressBar, ProgressStyle};
+use oriel_init::protocol::{FromGuest, FromHost};
+use rustix::process::Signal;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::link::Link;
+use super::streams::{Notifier, Tail};
+use super::{Event, terminal};
+use crate::cli::STATUS_SANDBOX;
+use crate::machine::StopReason;
+
+/// A boot that takes longer than this shows that it goes on.
+const PROGRESS_AFTER: Duration = Duration::from_secs(2);
+/// As many times must the user ask before a command that does not end is ended with its sandbox.
+const PATIENCE: u32 = 3;
+/// What is known of how the sandbox ended.
+#[derive(Default)]
+pub struct Outcome {
+    /// The last word of `oriel-init`.
+    pub message: Option<FromGuest>,
+    /// Why the machine stopped.
+    pub reason: Option<StopReason>,
+    /// The user's signal that ended it from outside.
+    pub killed: Option<i32>,
+}
+
+impl Outcome {
+    /// The exit status. `foreign`: the init is not ours and says nothing; `tail` is the console's end.
+    ///
+    /// # Errors
+    ///
+    /// How the sandbox broke down.
+    pub fn status(&self, foreign: bool, tail: &Tail) -> Result<u8> {
+        if let Some(signal) = self.killed {
+            return Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(u8::MAX)));
+        }
+        match (&self.message, &self.reason) {
+            (Some(FromGuest::Exited { status }), _) => return Ok(*status),
+            (Some(FromGuest::Failed { message }), _) => bail!("{message}"),
+            (_, Some(StopReason::PowerOff)) if foreign => return Ok(0),
+            _ => {}
+        }
+        let text = tail.text();
+        if !foreign && !text.trim().is_empty() {
+            eprintln!("--- the end of the guest's console ---\n{}\n---", text.trim_end());
+        }
+        match &self.reason {
+            Some(StopReason::Crashed(what)) => bail!("the guest cannot go on: {what}"),
+            Some(StopReason::PowerOff) => bail!("the guest powered off before the command ended"),
+            Some(StopReason::Reset) => bail!(
+                "the guest reset itself (status {STATUS_SANDBOX}): a reboot, or a kernel that panicked; see \
+                 --console"
+            ),
+            None => bail!("the sandbox was left"),
+        }
+    }
+}
+
+/// The signals that are the user's to send, each a pipe that the event loop watches.
+pub struct Signals(Vec<(i32, UnixStream)>);
+
+impl Signals {
+    /// Takes the signals over.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn new() -> Result<Self> {
+        let watched = [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT, Signal::WINCH];
+        let mut pipes = Vec::new();
+        for signal in watched.map(Signal::as_raw) {
+            let (reader, writer) = UnixStream::pair().context("signal pipe")?;
+            reader.set_nonblocking(true).context("signal pipe")?;
+            signal_hook::low_level::pipe::register(signal, writer).context("signal handler")?;
+            pipes.push((signal, reader));
+        }
+        Ok(Self(pipes))
+    }
+}
+
+/// Follows a running sandbox to its end.
+pub struct Supervisor {
+    /// Readable when there are events.
+    pub wake: Arc<EventFd>,
+    /// What happened.
+    pub events: Receiver<Event>,
+    /// To send events to itself.
+    pub notifier: Notifier,
+    /// The user's signals.
+    pub signals: Signals,
+    /// When `oriel-init` is at its other end.
+    pub link: Option<Link>,
+    /// Shown until the command starts.
+    pub progress: Progress,
+    /// What is known so far.
+    pub outcome: Outcome,
+    /// The command has the user's terminal.
+    pub terminal: bool,
+    /// The guest is at its end, and its output is on the way.
+    pub draining: bool,
+}
+
+impl Supervisor {
+    /// Waits for the end.
+    ///
+    /// # Errors
+    ///
+    /// The host's, of the event loop.
+    pub fn wait(self) -> Result<Outcome> {
+        let mut manager = EventManager::<Box<Watch>>::new().context("event loop")?;
+        let watch = Box::new(Watch { supervisor: self, patience: PATIENCE, done: false });
+        let id = manager.add_subscriber(watch);
+        loop {
+            manager.run().context("event loop")?;
+            if manager.subscriber_mut(id).context("event loop")?.done {
+                break;
+            }
+        }
+        let watch = manager.remove_subscriber(id).context("event loop")?;
+        watch.supervisor.progress.finish();
+        Ok(watch.supervisor.outcome)
+    }
+
+    /// Tells the guest the terminal's size.
+    pub fn resize(&self) {
+        if let (true, Some(link), Some((rows, columns))) =
+            (self.terminal, &self.link, terminal::size())
+        {
+            link.tell(&FromHost::Resize { rows, columns });
+        }
+    }
+
+    /// The guest says no more, but what it has said may not be written yet, and may not be for long: nobody
+    /// has to read our output now. That is waited for on a thread, so that signals still count.
+    fn drain(&mut self) {
+        if std::mem::replace(&mut self.draining, true) {
+            return;
+        }
+        let (console, notifier) =
+            (self.link.as_ref().map(|link| link.console.clone()), self.notifier.clone());
+        let drain = move || {
+            if let Some(console) = console {
+                console.finish();
+            }
+            notifier.send(Event::Drained);
+        };
+        if let Err(error) = std::thread::Builder::new().name("drain".into()).spawn(drain) {
+            log::error!("output may be lost: {error}");
+            self.notifier.send(Event::Drained);
+        }
+    }
+}
+
+struct Watch {
+    supervisor: Supervisor,
+    patience: u32,
+    done: bool,
+}
+
+impl Watch {
+    fn handle(&mut self, event: Event) {
+        let supervisor = &mut self.supervisor;
+        match event {
+            Event::Guest(FromGuest::Started) => {
+                supervisor.progress.finish();
+                supervisor.outcome.message.get_or_insert(FromGuest::Started);
+            }
+            Event::Guest(message) => {
+                // The first word counts: nothing that the guest says later undoes it.
+                let ended = matches!(
+                    supervisor.outcome.message,
+                    Some(FromGuest::Exited { .. } | FromGuest::Failed { .. })
+                );
+                if !ended {
+                    supervisor.outcome.message = Some(message);
+                }
+                supervisor.drain();
+            }
+            Event::Stopped(reason) => {
+                supervisor.outcome.reason.get_or_insert(reason);
+                supervisor.drain();
+            }
+            Event::Drained => self.done = true,
+            Event::OutputClosed => self.signal_guest(Signal::PIPE.as_raw()),
+        }
+    }
+
+    fn signal_guest(&self, number: i32) {
+        if let Some(link) = &self.supervisor.link {
+            link.tell(&FromHost::Signal { number });
+        }
+    }
+
+    /// A signal goes to the command, once there is one. Without one, or when it does not end by it, it ends
+    /// the sandbox.
+    fn signal(&mut self, number: i32) {
+        if number == Signal::WINCH.as_raw() {
+            return self.supervisor.resize();
+        }
+        let running = self.supervisor.outcome.message == Some(FromGuest::Started)
+            && !self.supervisor.draining;
+        self.patience = self.patience.saturating_sub(1);
+        if running && self.patience > 0 {
+            self.signal_guest(number);
+        } else {
+            self.supervisor.outcome.killed = Some(number);
+            self.done = true;
+        }
+    }
+}
+
+impl MutEventSubscriber for Watch {
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        let source = events.fd();
+        let signals = &self.supervisor.signals.0;
+        let signal = signals.iter().find(|(_, pipe)| pipe.as_raw_fd() == source);
+        if let Some((number, pipe)) = signal {
+            let number = *number;
+            let mut bytes = [0; 64];
+            // Several of one signal are one.
+            let _ = rustix::io::read(pipe, &mut bytes);
+            return self.signal(number);
+        }
+        if let Err(error) = self.supervisor.wake.read() {
+            log::debug!("woken for nothing: {error}");
+        }
+        while let Ok(event) = self.supervisor.events.try_recv() {
+            self.handle(event);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let pipes = self.supervisor.signals.0.iter().map(|(_, pipe)| pipe.as_raw_fd());
+        let sources = pipes.chain([self.supervisor.wake.as_raw_fd()]);
+        for source in sources {
+            if let Err(error) = ops.add(Events::new_raw(source, EventSet::IN)) {
+                log::error!("event loop: {error:?}");
+            }
+        }
+    }
+}
+
+/// Says that a slow boot goes on, on a terminal only.
+pub struct Progress {
+    bar: ProgressBar,
+}
+
+impl Progress {
+    /// Begins to count.
+    pub fn start() -> Self {
+        let bar = ProgressBar::no_length();
+        if let Ok(style) = ProgressStyle::with_template("{spinner} booting the sandbox ({elapsed})")
+        {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(PROGRESS_AFTER);
+        Self { bar }
+    }
+
+    /// Takes it off the screen.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
