@@ -54,6 +54,8 @@ pub fn load_order(modules_dir: &Path) -> Result<Vec<String>> {
 pub fn build(contents: &Contents<'_>) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
 
+    // The kernel's own root is open to everybody.
+    archive.directory(".", 0o755)?;
     // Mount points, and the homes of busybox's links.
     for directory in
         ["bin", "dev", "etc", "lib", "mnt", "oriel", "proc", "run", "sbin", "sys", "usr", "var"]

@@ -144,6 +144,8 @@ pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Po
 
     let mut command = Command::new(program);
     command.arg0(name).args(process.args.iter().skip(1)).env_clear();
+    // Only here is known whose home it is.
+    command.env("HOME", &ids.home);
     for variable in &process.env {
         // A name may begin with '=', but is not empty.
         match variable.char_indices().skip(1).find(|(_, character)| *character == '=') {

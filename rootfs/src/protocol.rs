@@ -89,7 +89,7 @@ pub enum Dax {
 pub struct Process {
     /// Program and arguments; the program is looked up in `PATH` when it holds no slash.
     pub args: Vec<String>,
-    /// The whole environment, as `NAME=VALUE`.
+    /// The environment, as `NAME=VALUE`. `HOME` is added from the root's `/etc/passwd` where it is not named.
     pub env: Vec<String>,
     /// Working directory, an absolute path inside the root.
     pub cwd: String,

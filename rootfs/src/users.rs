@@ -11,18 +11,20 @@ pub(crate) struct Ids {
     pub(crate) gid: u32,
     /// Supplementary groups.
     pub(crate) groups: Vec<u32>,
+    /// The home directory.
+    pub(crate) home: String,
 }
+
+/// The home of a user that `/etc/passwd` does not know.
+const NO_HOME: &str = "/";
 
 /// Looks `user` up in the files of the root file system; `None` is root.
 pub(crate) fn lookup(user: Option<&str>) -> Result<Ids> {
-    let Some(user) = user else {
-        return Ok(Ids::default());
-    };
     // A root without these files still has numbers.
     let read = |path| {
         fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     };
-    resolve(user, &read("/etc/passwd"), &read("/etc/group"))
+    resolve(user.unwrap_or("0"), &read("/etc/passwd"), &read("/etc/group"))
 }
 
 /// The rules are those of docker: a name is looked for before a number; a number need not be in the files
@@ -33,21 +35,22 @@ fn resolve(spec: &str, passwd: &str, group: &str) -> Result<Ids> {
         None => (spec, None),
     };
 
-    // name:password:uid:gid:…
+    // name:password:uid:gid:comment:home:…
     let account = |wanted: &dyn Fn(&str, u32) -> bool| {
         passwd.lines().find_map(|line| {
             let mut fields = line.split(':');
             let (name, uid, gid) =
                 (fields.next()?, fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
-            wanted(name, uid).then(|| (name.to_owned(), uid, gid))
+            let home = fields.nth(1).filter(|home| !home.is_empty()).unwrap_or(NO_HOME);
+            wanted(name, uid).then(|| (name.to_owned(), uid, gid, home.to_owned()))
         })
     };
     let number = user.parse::<u32>().ok();
     let found = account(&|name, _| name == user).or_else(|| account(&|_, uid| Some(uid) == number));
-    let (name, uid, own_gid) = match (found, number) {
-        (Some((name, uid, gid)), _) => (Some(name), uid, gid),
-        (None, Some(uid)) => (None, uid, 0),
-        (None, None) if user.is_empty() => (None, 0, 0),
+    let (name, uid, own_gid, home) = match (found, number) {
+        (Some((name, uid, gid, home)), _) => (Some(name), uid, gid, home),
+        (None, Some(uid)) => (None, uid, 0, NO_HOME.to_owned()),
+        (None, None) if user.is_empty() => (None, 0, 0, NO_HOME.to_owned()),
         (None, None) => bail!("no user {user} in the root's /etc/passwd"),
     };
 
@@ -64,13 +67,13 @@ fn resolve(spec: &str, passwd: &str, group: &str) -> Result<Ids> {
         let Some(gid) = by_name.or_else(|| wanted.parse().ok()) else {
             bail!("no group {wanted} in the root's /etc/group");
         };
-        return Ok(Ids { uid, gid, groups: Vec::new() });
+        return Ok(Ids { uid, gid, groups: Vec::new(), home });
     }
     let is_member = |members: &str| {
         name.as_deref().is_some_and(|name| members.split(',').any(|one| one == name))
     };
     let groups = all().filter(|(.., members)| is_member(members)).map(|(_, gid, _)| gid).collect();
-    Ok(Ids { uid, gid: own_gid, groups })
+    Ok(Ids { uid, gid: own_gid, groups, home })
 }
 
 #[cfg(test)]
@@ -83,7 +86,8 @@ mod tests {
         "root:x:0:\nusers:x:100:\nwheel:x:10:root,ada\nvideo:x:44:ada\nnot:x:45:adam";
 
     fn ids(uid: u32, gid: u32, groups: &[u32]) -> Ids {
-        Ids { uid, gid, groups: groups.to_vec() }
+        let home = if uid == 1000 { "/home/ada" } else { NO_HOME };
+        Ids { uid, gid, groups: groups.to_vec(), home: home.to_owned() }
     }
 
     #[test]
@@ -115,6 +119,7 @@ mod tests {
         assert!(resolve("eve", PASSWD, GROUP).unwrap_err().to_string().contains("user eve"));
         assert!(resolve("ada:eve", PASSWD, GROUP).unwrap_err().to_string().contains("group eve"));
         assert!(resolve("-1", PASSWD, GROUP).is_err());
-        assert_eq!(lookup(None).unwrap(), Ids::default());
+        assert_eq!(resolve("0", PASSWD, GROUP).unwrap().home, "/root");
+        assert_eq!(lookup(None).unwrap().uid, 0);
     }
 }
