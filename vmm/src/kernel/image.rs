@@ -19,6 +19,14 @@ use crate::machine::layout;
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 const ELF_CLASS_64: u8 = 2;
 const ELF_MACHINE_X86_64: u16 = 62;
+/// Offsets of `e_phoff` and `e_phnum` in the file, of `p_vaddr` in a program header, and its size.
+const ELF_PROGRAM_HEADERS: usize = 32;
+const ELF_PROGRAM_HEADER_COUNT: usize = 56;
+const ELF_SEGMENT_ADDRESS: usize = 16;
+const ELF_PROGRAM_HEADER_SIZE: u64 = 56;
+const ELF_SEGMENT_LOAD: u32 = 1;
+/// Virtual addresses from here on are the kernel's.
+const KERNEL_HALF: u64 = 1 << 63;
 
 /// `setup_header` fields, as offsets in a bzImage.
 const HEADER_MAGIC_OFFSET: usize = 0x202;
@@ -100,6 +108,24 @@ impl KernelFile {
         ensure!(has_flags && flags & XLF_KERNEL_64 != 0, "it is a bzImage without a 64-bit entry");
         Ok(Format::BzImage)
     }
+}
+
+/// Whether an ELF file has something to load in the kernel's half of the address space.
+fn has_kernel_segment(bytes: &[u8]) -> bool {
+    let field = |at: usize| {
+        let bytes = bytes.get(at..at.checked_add(8)?)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    };
+    let header = |index: u64| {
+        let table = field(ELF_PROGRAM_HEADERS)?;
+        let at = table.checked_add(index * ELF_PROGRAM_HEADER_SIZE)?;
+        let at = usize::try_from(at).ok()?;
+        Some((field(at)? as u32, field(at.checked_add(ELF_SEGMENT_ADDRESS)?)?))
+    };
+    let count = field(ELF_PROGRAM_HEADER_COUNT).map_or(0, |word| word & 0xffff);
+    (0..count)
+        .filter_map(header)
+        .any(|(kind, address)| kind == ELF_SEGMENT_LOAD && address >= KERNEL_HALF)
 }
 
 /// Everything that is in guest memory when the guest starts.
@@ -188,7 +214,7 @@ impl BootImage {
 
 fn load_error(name: &dyn std::fmt::Display, error: &linux_loader::loader::Error) -> anyhow::Error {
     anyhow::anyhow!(
-        "the kernel {name} cannot be loaded ({error}); give --memory more, or another kernel"
+        "--kernel {name}: it cannot be loaded ({error}); give --memory more, or name another kernel"
     )
 }
 
@@ -239,10 +265,18 @@ mod tests {
         assert!(KernelFile::detect(&bzimage(0)).is_err());
         assert!(KernelFile::detect(b"#!/bin/sh\n").is_err());
         assert!(KernelFile::detect(b"").is_err());
-        let mut elf = vec![0; 64];
+        let mut elf = vec![0; 64 + 56];
         elf[..5].copy_from_slice(b"\x7fELF\x02");
         assert!(KernelFile::detect(&elf).is_err());
         elf[18] = 62;
+        elf[32] = 64; // e_phoff
+        elf[56] = 1; // e_phnum
+        elf[64] = 1; // PT_LOAD
+        elf[64 + 18] = 0x40; // p_vaddr: 0x400000, a program's
+        assert!(KernelFile::detect(&elf).is_err());
+        elf[56] = 0xff; // more headers than there are
+        assert!(KernelFile::detect(&elf).is_err());
+        elf[64 + 16..64 + 24].copy_from_slice(&0xffff_ffff_8100_0000u64.to_le_bytes());
         assert_eq!(KernelFile::detect(&elf).unwrap(), Format::Vmlinux);
     }
 

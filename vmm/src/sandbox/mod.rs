@@ -6,8 +6,11 @@ mod streams;
 mod supervisor;
 mod terminal;
 
+use std::fs::File;
+use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
@@ -56,6 +59,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     if asked > total {
         bail!("--memory {asked}M: the host has {total}M in all; give less");
     }
+    let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let kvm = host::open_kvm()?;
     host::raise_open_file_limit();
     // File modes are the guest's to choose; it has applied its own umask already.
@@ -112,8 +116,8 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     machine.stop();
     drop(raw);
     let status = outcome.status(foreign, &tail);
-    if let Some(path) = &args.stats {
-        write_stats(path, &sessions)?;
+    if let Some(stats) = stats {
+        stats.write(&sessions)?;
     }
     status
 }
@@ -176,21 +180,36 @@ fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
     })
 }
 
-/// One object a share: tag, and what its session counted.
-fn write_stats(path: &std::path::Path, sessions: &[(String, Arc<Session>)]) -> Result<()> {
-    let shares: Vec<_> = sessions
-        .iter()
-        .map(|(tag, session)| {
-            let counters: serde_json::Map<_, _> = session
-                .counters()
-                .snapshot()
-                .into_iter()
-                .map(|(name, value)| (name.to_string(), value.into()))
-                .collect();
-            serde_json::json!({ "tag": tag, "counters": counters })
-        })
-        .collect();
-    let text = serde_json::to_string_pretty(&serde_json::json!({ "shares": shares }))?;
-    std::fs::write(path, text + "\n")
-        .with_context(|| format!("--stats {}: cannot be written", path.display()))
+/// The file of `--stats`, made before the guest starts: a command that ran shall not be lost to a typing
+/// error.
+struct StatsFile<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> StatsFile<'a> {
+    fn create(path: &'a Path) -> Result<Self> {
+        let file = File::create(path)
+            .with_context(|| format!("--stats {}: cannot be written", path.display()))?;
+        Ok(Self { path, file })
+    }
+
+    /// One object a share: tag, and what its session counted.
+    fn write(mut self, sessions: &[(String, Arc<Session>)]) -> Result<()> {
+        let shares: Vec<_> = sessions
+            .iter()
+            .map(|(tag, session)| {
+                let counters: serde_json::Map<_, _> = session
+                    .counters()
+                    .snapshot()
+                    .into_iter()
+                    .map(|(name, value)| (name.to_string(), value.into()))
+                    .collect();
+                serde_json::json!({ "tag": tag, "counters": counters })
+            })
+            .collect();
+        let text = serde_json::to_string_pretty(&serde_json::json!({ "shares": shares }))?;
+        writeln!(self.file, "{text}")
+            .with_context(|| format!("--stats {}: cannot be written", self.path.display()))
+    }
 }
