@@ -116,6 +116,7 @@ impl Share {
         let valid = SetattrValid::from_bits(change.valid).ok_or(Errno::INVAL)?;
         let inode = self.inodes.get(caller.nodeid)?;
         self.check_writable()?;
+        inode.check_open_to_guests()?;
         let handle = match valid.contains(SetattrValid::FH) {
             true => Some(self.handles.get(caller.nodeid, change.fh)?),
             false => None,

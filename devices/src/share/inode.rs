@@ -43,14 +43,23 @@ pub(super) struct Inode {
     pub(super) key: Key,
     /// `S_IFMT` part of the mode, which never changes.
     pub(super) kind: u32,
+    /// In a file system that is an interface of the host's kernel (see [`super::pseudo`]): it is there to be
+    /// seen, and nothing can be done with it.
+    pub(super) closed: bool,
     /// How many lookups the guest has to give back. Raised under at least the read lock of the table,
     /// lowered under its write lock.
     lookups: AtomicU64,
 }
 
 impl Inode {
+    /// `EACCES` for what is an interface of the host's kernel.
+    pub(super) fn check_open_to_guests(&self) -> Result<()> {
+        if self.closed { Err(Errno::ACCES) } else { Ok(()) }
+    }
+
     /// `EACCES` for what is neither a regular file nor a directory: nothing else is ever opened.
     pub(super) fn check_openable(&self) -> Result<()> {
+        self.check_open_to_guests()?;
         match self.kind {
             libc::S_IFREG | libc::S_IFDIR => Ok(()),
             _ => Err(Errno::ACCES),
@@ -93,7 +102,7 @@ impl Inodes {
         let inodes =
             Self { state: RwLock::new(State { table: Table::new(most), by_key: HashMap::new() }) };
         // Cannot fail: the table is empty and has room for at least one. Being the first, it is node 1.
-        let _ = inodes.remember(root, attributes);
+        let _ = inodes.remember(root, attributes, false);
         inodes
     }
 
@@ -119,12 +128,17 @@ impl Inodes {
     }
 
     /// Counts a lookup of the file behind `fd` and returns its node, new or known. `fd` is an `O_PATH`
-    /// descriptor; `attributes` are its own.
+    /// descriptor; `attributes` are its own. `closed` is [`Inode::closed`] of a new node.
     ///
     /// # Errors
     ///
     /// `ENFILE` when there are too many nodes.
-    pub(super) fn remember(&self, fd: OwnedFd, attributes: &Statx) -> Result<Arc<Inode>> {
+    pub(super) fn remember(
+        &self,
+        fd: OwnedFd,
+        attributes: &Statx,
+        closed: bool,
+    ) -> Result<Arc<Inode>> {
         let key = Key::of(attributes);
         {
             let state = self.read();
@@ -143,6 +157,7 @@ impl Inodes {
             nodeid,
             key,
             kind: u32::from(attributes.stx_mode) & libc::S_IFMT,
+            closed,
             lookups: AtomicU64::new(1),
         })?;
         state.by_key.insert(key, inode.nodeid);

@@ -12,6 +12,8 @@
 //!   moves out of the share does not become a way out.
 //! - A file is opened for I/O from the `O_PATH` descriptor that was found, not by name, and only if it is a
 //!   regular file or a directory: no FIFO that blocks, no device.
+//! - What an interface of the host's kernel has mounted below (proc, sysfs and the like) can be seen and not
+//!   entered ([`pseudo`](self)): a file there may be this very process's memory.
 //! - The flags of an OPEN are an allow-list.
 
 mod attributes;
@@ -24,6 +26,7 @@ mod identity;
 mod inode;
 mod namespace;
 mod options;
+mod pseudo;
 mod sys;
 mod table;
 mod xattr;
@@ -58,12 +61,17 @@ impl Share {
     ///
     /// # Errors
     ///
-    /// The host's when the directory or `/proc/self/fd` cannot be opened; `ENOSYS` when the host has no
+    /// The host's, also when the directory is in proc, sysfs or another interface of its kernel; when the directory or `/proc/self/fd` cannot be opened; `ENOSYS` when the host has no
     /// `openat2` (Linux 5.6).
     pub fn new(options: Options) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, &options.directory, flags, Mode::empty())?;
         let host = Host::new()?;
+        if pseudo::is_pseudo(&root)? {
+            return Err(io::Error::other(
+                "it is an interface of the host's kernel (proc, sysfs, …) and is never shared",
+            ));
+        }
         let attributes = host::stat(&root)?;
         // So that a host without openat2 is found out now and not by the guest.
         host.reopen(&root, OFlags::PATH)?;

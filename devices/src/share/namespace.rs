@@ -11,7 +11,7 @@ use rustix::fs::{
 
 use super::identity::{AsUser, WithoutFsetid};
 use super::inode::{Inode, Key};
-use super::{Share, host};
+use super::{Share, host, pseudo};
 use crate::fuse::abi::{ATTR_SUBMOUNT, CreateIn, EntryOut, OPEN_KILL_SUIDGID, OpenOut};
 use crate::fuse::{Caller, Errno, Result};
 
@@ -19,6 +19,7 @@ impl Share {
     /// The directory of an operation on a name.
     pub(super) fn directory(&self, nodeid: u64) -> Result<Arc<Inode>> {
         let inode = self.inodes.get(nodeid)?;
+        inode.check_open_to_guests()?;
         if inode.is_directory() { Ok(inode) } else { Err(Errno::NOTDIR) }
     }
 
@@ -37,12 +38,10 @@ impl Share {
     /// Counts a lookup of the file behind an `O_PATH` descriptor.
     fn entry(&self, directory: Option<&Inode>, fd: OwnedFd) -> Result<EntryOut> {
         let stat = host::stat(&fd)?;
-        let inode = self.inodes.remember(fd, &stat)?;
-        let mounted = directory.is_some_and(|directory| {
-            self.options.submounts
-                && inode.is_directory()
-                && Key::of(&stat).crosses_mount(&directory.key)
-        });
+        let crosses = directory.is_some_and(|one| Key::of(&stat).crosses_mount(&one.key));
+        let closed = crosses && pseudo::is_pseudo(&fd)?;
+        let inode = self.inodes.remember(fd, &stat, closed)?;
+        let mounted = crosses && self.options.submounts && inode.is_directory();
         let timeout = self.options.timeout();
         Ok(EntryOut {
             nodeid: inode.nodeid,

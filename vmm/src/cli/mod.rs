@@ -66,6 +66,7 @@ pub fn main() -> ExitCode {
         .format_timestamp(None)
         .format_target(false)
         .init();
+    ignore_file_size_limit();
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Check(args) => check::check(&args),
@@ -83,6 +84,14 @@ pub fn main() -> ExitCode {
             let usage = error.downcast_ref::<UsageError>().is_some();
             ExitCode::from(if usage { STATUS_USAGE } else { STATUS_SANDBOX })
         }
+    }
+}
+
+/// With `ulimit -f`, a write of the guest's beyond the limit shall be its error and not our end.
+fn ignore_file_size_limit() {
+    let noted = std::sync::Arc::default();
+    if let Err(error) = signal_hook::flag::register(rustix::process::Signal::XFSZ.as_raw(), noted) {
+        log::warn!("a file larger than `ulimit -f` will end the sandbox: {error}");
     }
 }
 

@@ -97,6 +97,7 @@ impl KernelFile {
                 word(18) == Some(ELF_MACHINE_X86_64),
                 "it is an ELF file for another processor"
             );
+            ensure!(has_kernel_segment(bytes), "it is an ELF file, but a program and no kernel");
             return Ok(Format::Vmlinux);
         }
         let magic = bytes.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + HEADER_MAGIC.len());

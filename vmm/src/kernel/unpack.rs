@@ -4,9 +4,11 @@
 //! result kept. What boots then is the kernel proper at its default address, without the randomisation that
 //! the unpacking code does.
 
+use std::fs::DirBuilder;
+use std::hash::{DefaultHasher, Hasher};
 use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 
@@ -39,9 +41,9 @@ pub fn unpacked(file: KernelFile) -> KernelFile {
 }
 
 fn try_unpacked(file: &KernelFile) -> Result<KernelFile> {
-    let cache = cache_path(&file.path);
+    let cache = cache_path(&file.bytes);
     if let Some(cache) = &cache
-        && cache.is_file()
+        && is_private(cache)
         && let Ok(kernel) = KernelFile::open(cache)
         && kernel.format == Format::Vmlinux
     {
@@ -61,22 +63,32 @@ fn try_unpacked(file: &KernelFile) -> Result<KernelFile> {
     Ok(KernelFile { path: file.path.clone(), format, bytes })
 }
 
-/// Named after the size and time of the file, so that a new kernel is a new name.
-fn cache_path(kernel: &Path) -> Option<PathBuf> {
-    let metadata = std::fs::metadata(kernel).ok()?;
-    let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+/// Named after what it was unpacked from, so that another kernel is another name.
+fn cache_path(kernel: &[u8]) -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let directory = variable("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
-    let name = format!("vmlinux-{}-{}", metadata.len(), modified.as_nanos());
-    Some(directory.join("oriel").join(name))
+    let mut hasher = DefaultHasher::new();
+    hasher.write(kernel);
+    Some(directory.join("oriel").join(format!("vmlinux-{:016x}", hasher.finish())))
+}
+
+/// Whether only this user can have written the file: what is in it boots with the user's shares.
+fn is_private(path: &Path) -> bool {
+    const WRITABLE_BY_OTHERS: u32 = 0o022;
+    let owner = rustix::process::geteuid().as_raw();
+    [Some(path), path.parent()].into_iter().flatten().all(|path| {
+        std::fs::metadata(path).is_ok_and(|metadata| {
+            metadata.uid() == owner && metadata.mode() & WRITABLE_BY_OTHERS == 0
+        })
+    })
 }
 
 /// Writes a whole file or none: another `oriel` may read it at any moment.
 fn store(path: &Path, bytes: &[u8]) -> Result<()> {
     let directory = path.parent().context("no directory")?;
-    std::fs::create_dir_all(directory)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let mut file = tempfile::NamedTempFile::new_in(directory)?;
     file.write_all(bytes)?;
     file.persist(path)?;
@@ -135,6 +147,21 @@ mod tests {
         let mut payload = packer.finish().unwrap();
         payload.extend([0; 4]); // what the kernel's build appends
         assert_eq!(unpack(&image_with(&payload)).unwrap(), b"a kernel");
+    }
+
+    #[test]
+    fn a_cached_kernel_that_others_may_write_is_not_trusted() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("oriel/vmlinux");
+        store(&file, b"kernel").unwrap();
+        assert!(is_private(&file));
+        for path in [file.parent().unwrap(), &file] {
+            let before = std::fs::metadata(path).unwrap().permissions();
+            std::fs::set_permissions(path, PermissionsExt::from_mode(0o777)).unwrap();
+            assert!(!is_private(&file));
+            std::fs::set_permissions(path, before).unwrap();
+        }
     }
 
     #[test]

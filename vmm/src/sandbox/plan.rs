@@ -131,7 +131,7 @@ fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Conf
     let share = |planned: &PlannedShare, path: &str| Share {
         tag: planned.tag.clone(),
         path: path.into(),
-        read_only: planned.options.read_only,
+        read_only: planned.options.read_only || planned.options.overlay,
         dax: planned.options.dax,
     };
     let mut planned = shares.iter();

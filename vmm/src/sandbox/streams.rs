@@ -87,23 +87,25 @@ impl Write for Console {
 /// told, which tells the command.
 pub struct Output {
     target: OwnedFd,
-    closed: Option<Notifier>,
+    broken: Option<Notifier>,
 }
 
 impl Output {
     /// Output to `target`.
     pub fn new(target: OwnedFd, notifier: Notifier) -> Self {
-        Self { target, closed: Some(notifier) }
+        Self { target, broken: Some(notifier) }
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Err(error) = write_all(&self.target, bytes)
-            && error.kind() == io::ErrorKind::BrokenPipe
-            && let Some(notifier) = self.closed.take()
+            && let Some(notifier) = self.broken.take()
         {
-            notifier.send(Event::OutputClosed);
+            notifier.send(match error.kind() {
+                io::ErrorKind::BrokenPipe => Event::OutputClosed,
+                _ => Event::OutputFailed(error.to_string()),
+            });
         }
         Ok(bytes.len())
     }
@@ -130,7 +132,10 @@ fn write_all(target: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
             // The user's terminal may be non-blocking because another program made it so.
             Err(rustix::io::Errno::AGAIN) => {
                 let mut ready = [rustix::event::PollFd::new(target, rustix::event::PollFlags::OUT)];
-                rustix::event::poll(&mut ready, None)?;
+                match rustix::event::poll(&mut ready, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
             Err(error) => return Err(error.into()),
         }

@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -15,14 +15,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::link::Link;
 use super::streams::{Notifier, Tail};
+use super::terminal::RawTerminal;
 use super::{Event, terminal};
 use crate::cli::STATUS_SANDBOX;
 use crate::machine::StopReason;
 
 /// A boot that takes longer than this shows that it goes on.
 const PROGRESS_AFTER: Duration = Duration::from_secs(2);
-/// As many times must the user ask before a command that does not end is ended with its sandbox.
+/// As many times within so long must the user ask a command to end before it is ended with its sandbox.
 const PATIENCE: u32 = 3;
+const PATIENCE_LASTS: Duration = Duration::from_secs(10);
 /// What is known of how the sandbox ended.
 #[derive(Default)]
 pub struct Outcome {
@@ -30,6 +32,8 @@ pub struct Outcome {
     pub message: Option<FromGuest>,
     /// Why the machine stopped.
     pub reason: Option<StopReason>,
+    /// Why the command's output could not be written.
+    pub lost_output: Option<String>,
     /// The user's signal that ended it from outside.
     pub killed: Option<i32>,
 }
@@ -41,7 +45,12 @@ impl Outcome {
     ///
     /// How the sandbox broke down.
     pub fn status(&self, foreign: bool, tail: &Tail) -> Result<u8> {
-        if let Some(signal) = self.killed {
+        if let Some(error) = &self.lost_output {
+            bail!("the command's output cannot be written: {error}");
+        }
+        if let (Some(signal), false) =
+            (self.killed, matches!(self.message, Some(FromGuest::Exited { .. })))
+        {
             return Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(u8::MAX)));
         }
         match (&self.message, &self.reason) {
@@ -104,8 +113,13 @@ pub struct Supervisor {
     pub progress: Progress,
     /// What is known so far.
     pub outcome: Outcome,
-    /// The command has the user's terminal.
+    /// The command has a terminal.
     pub terminal: bool,
+    /// It reads from the user, whose terminal is then raw while the command runs. Before and after, ^C is a
+    /// signal to us.
+    pub interactive: bool,
+    /// The user's terminal, once it is raw.
+    pub raw: Option<RawTerminal>,
     /// The guest is at its end, and its output is on the way.
     pub draining: bool,
 }
@@ -118,7 +132,7 @@ impl Supervisor {
     /// The host's, of the event loop.
     pub fn wait(self) -> Result<Outcome> {
         let mut manager = EventManager::<Box<Watch>>::new().context("event loop")?;
-        let watch = Box::new(Watch { supervisor: self, patience: PATIENCE, done: false });
+        let watch = Box::new(Watch { supervisor: self, asked: 0, asked_last: None, done: false });
         let id = manager.add_subscriber(watch);
         loop {
             manager.run().context("event loop")?;
@@ -163,7 +177,9 @@ impl Supervisor {
 
 struct Watch {
     supervisor: Supervisor,
-    patience: u32,
+    /// How many times in a row the user asked the command to end.
+    asked: u32,
+    asked_last: Option<Instant>,
     done: bool,
 }
 
@@ -174,6 +190,12 @@ impl Watch {
             Event::Guest(FromGuest::Started) => {
                 supervisor.progress.finish();
                 supervisor.outcome.message.get_or_insert(FromGuest::Started);
+                if supervisor.terminal && supervisor.interactive {
+                    match RawTerminal::enter() {
+                        Ok(raw) => supervisor.raw = Some(raw),
+                        Err(error) => log::warn!("{error:#}"),
+                    }
+                }
             }
             Event::Guest(message) => {
                 // The first word counts: nothing that the guest says later undoes it.
@@ -191,6 +213,10 @@ impl Watch {
                 supervisor.drain();
             }
             Event::Drained => self.done = true,
+            Event::OutputFailed(error) => {
+                supervisor.outcome.lost_output.get_or_insert(error);
+                self.done = true;
+            }
             Event::OutputClosed => self.signal_guest(Signal::PIPE.as_raw()),
         }
     }
@@ -209,8 +235,15 @@ impl Watch {
         }
         let running = self.supervisor.outcome.message == Some(FromGuest::Started)
             && !self.supervisor.draining;
-        self.patience = self.patience.saturating_sub(1);
-        if running && self.patience > 0 {
+        let ends = [Signal::INT, Signal::TERM, Signal::QUIT].map(Signal::as_raw).contains(&number);
+        if self.asked_last.is_none_or(|last| last.elapsed() > PATIENCE_LASTS) {
+            self.asked = 0;
+        }
+        if ends {
+            self.asked += 1;
+            self.asked_last = Some(Instant::now());
+        }
+        if running && self.asked < PATIENCE {
             self.signal_guest(number);
         } else {
             self.supervisor.outcome.killed = Some(number);

@@ -5,6 +5,20 @@ use rustix::termios::{
     OptionalActions, Termios, Winsize, isatty, tcgetattr, tcgetwinsize, tcsetattr,
 };
 
+use crate::cli::UsageError;
+
+/// Makes sure that the user has a terminal to give.
+///
+/// # Errors
+///
+/// When standard input is none.
+pub fn check() -> Result<(), UsageError> {
+    if isatty(rustix::stdio::stdin()) {
+        return Ok(());
+    }
+    Err(UsageError("--tty: standard input is no terminal; leave --tty, or --interactive".into()))
+}
+
 /// Standard input in raw mode: every key goes to the guest. Put back when dropped.
 pub struct RawTerminal {
     before: Termios,
@@ -16,12 +30,6 @@ impl RawTerminal {
     /// When standard input is no terminal.
     pub fn enter() -> Result<Self> {
         let input = rustix::stdio::stdin();
-        if !isatty(input) {
-            return Err(crate::cli::UsageError(
-                "--tty: standard input is no terminal; leave --tty".into(),
-            )
-            .into());
-        }
         let before = tcgetattr(input).context("terminal settings")?;
         let mut raw = before.clone();
         raw.make_raw();

@@ -153,3 +153,32 @@ fn flags_that_would_make_a_handle_something_else_are_dropped() {
     assert_eq!(guest.open(node, 3).error, libc::EINVAL);
     assert_eq!(std::fs::read(guest.path().join("file")).unwrap(), b"data");
 }
+
+#[test]
+fn an_interface_of_the_hosts_kernel_below_a_share_is_seen_and_not_entered() {
+    let guest = Guest::with(|options| options.directory = "/".into());
+    for name in ["proc", "sys"] {
+        let entry: EntryOut = guest.lookup(ROOT_ID, name).get();
+        assert_eq!(entry.attr.mode & libc::S_IFMT, libc::S_IFDIR);
+        guest.getattr(entry.nodeid).get::<AttrOut>();
+        let change =
+            SetattrIn { valid: SetattrValid::MODE.bits(), mode: 0o755, ..SetattrIn::default() };
+        for answer in [
+            guest.lookup(entry.nodeid, "self"),
+            guest.lookup(entry.nodeid, "kernel"),
+            guest.call(Opcode::Opendir, entry.nodeid, &[OpenIn::default().as_slice()]),
+            guest.create(entry.nodeid, "made", libc::O_RDWR, 0o644),
+            guest.setattr(entry.nodeid, change),
+            unlink(&guest, Opcode::Rmdir, entry.nodeid, "self"),
+        ] {
+            assert_eq!(answer.error, libc::EACCES);
+        }
+    }
+}
+
+#[test]
+fn an_interface_of_the_hosts_kernel_is_no_share() {
+    for path in ["/proc", "/proc/self", "/sys/kernel"] {
+        assert!(crate::share::Share::new(crate::share::Options::new(path)).is_err());
+    }
+}
