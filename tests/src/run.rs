@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use crate::guest;
 
 /// No test takes as long on the slowest machine we know; what does, hangs.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
 
 /// A run of `oriel` that is being described.
@@ -393,16 +393,18 @@ impl Outcome {
         value.parse().unwrap_or_else(|_| panic!("{name}={value} is no number\n{}", self.report()))
     }
 
-    /// The guest printed exactly these values; each is `(name, value, what that shows)`.
+    /// The guest printed exactly these values; each is `(name, value, what that shows)`. All that are wrong
+    /// are told at once.
     #[track_caller]
     pub fn guest_says(&self, expected: &[(&str, &str, &str)]) -> &Self {
+        let mut wrong = String::new();
         for (name, value, what) in expected {
             let said = self.value(name);
-            self.check(
-                said == *value,
-                &format!("{what}: {name} should be {value:?}, not {said:?}"),
-            );
+            if said != *value {
+                wrong += &format!("{what}: {name} should be {value:?}, not {said:?}\n");
+            }
         }
+        self.check(wrong.is_empty(), &wrong);
         self
     }
 }

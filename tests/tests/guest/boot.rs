@@ -34,7 +34,7 @@ fn a_guest_boots_runs_a_command_and_powers_off() {
         ("directory", "/", "the default working directory"),
         ("processors", "1", "one CPU by default"),
         ("hypervisor", "1", "CPUID says that there is a hypervisor"),
-        ("init", "oriel-init", "the guest's init"),
+        ("init", "init", "the guest's init"),
         ("filesystems", "0", "nothing of the host is shared unasked"),
         ("loopback", "1", "the loopback interface is up"),
         ("null", "works", "/dev/null"),

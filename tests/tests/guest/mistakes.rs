@@ -27,15 +27,13 @@ fn a_kernel_that_cannot_be_used_is_refused() {
     refused(&["--kernel", "/etc"], SANDBOX, &["--kernel", "/etc"]);
     tree.write("empty", b"");
     refused(&["--kernel", &path("empty")], SANDBOX, &["--kernel", &path("empty")]);
-    // An ELF file for x86-64 that is no kernel.
-    refused(&["--kernel", super::PROBE], SANDBOX, &["--kernel", super::PROBE]);
     let kernel = fs::read(integration::vmlinuz()).unwrap();
     tree.write("cut", &kernel[..kernel.len() / 2]);
     let cut = Oriel::refused(&["--kernel", &path("cut")]).guest(&["true"]).finish();
     cut.exits_with(SANDBOX);
     cut.check(cut.stderr.contains(&path("cut")), "half a kernel is named");
     tree.write("secret", &kernel[..4096]);
-    fs::set_permissions(tree.path("secret"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(tree.path("secret"), fs::Permissions::from_mode(0o000)).unwrap();
     // Root reads every file; somebody else does not.
     let outcome = Oriel::refused(&["--kernel", &path("secret")])
         .guest(&["true"])
@@ -43,6 +41,20 @@ fn a_kernel_that_cannot_be_used_is_refused() {
         .default_console()
         .finish();
     outcome.refuses(SANDBOX, &["--kernel", &path("secret"), "Permission denied"]);
+}
+
+#[test]
+fn a_program_that_is_no_kernel_is_refused() {
+    // For x86-64, and ELF.
+    let outcome = Oriel::refused(&["--kernel", super::PROBE]).guest(&["true"]).finish();
+    outcome.refuses(SANDBOX, &["--kernel", super::PROBE]);
+    outcome.check(!outcome.stderr.contains("--memory"), "more memory would not help");
+}
+
+#[test]
+fn a_place_for_statistics_that_cannot_be_written_is_refused_first() {
+    let outcome = Oriel::refused(&["--stats", "/no/such/dir/file"]).guest(&["true"]).finish();
+    outcome.refuses(SANDBOX, &["--stats", "/no/such/dir/file"]);
 }
 
 #[test]
@@ -137,8 +149,6 @@ fn words_that_are_no_options_are_refused() {
     outcome.refuses(USAGE, &["--log-level", "loud"]);
     let outcome = Oriel::command(&["run", "--console", "/no/such/dir/file", "--", "true"]).finish();
     outcome.refuses(SANDBOX, &["--console", "/no/such/dir/file"]);
-    let outcome = Oriel::refused(&["--stats", "/no/such/dir/file"]).guest(&["true"]).finish();
-    outcome.refuses(SANDBOX, &["--stats", "/no/such/dir/file"]);
 }
 
 /// A shell that changes its own view of the host first.

@@ -97,16 +97,17 @@ fn shares_differ_in_their_options() {
 fn operations(options: &str) -> Outcome {
     let tree = Tree::with_probe(PROBE);
     fs::create_dir(tree.path("work")).unwrap();
-    let script = "/s/guest-probe files /s/work; /s/guest-probe locks /s/work; echo end=$?";
+    let script = "/s/guest-probe files /s/work; /s/guest-probe locks /s/work";
     let outcome = Oriel::run(&["-v", &tree.at("/s", options)]).script(script).finish();
     outcome.exits_with(0);
     let wrong: Vec<_> = outcome
         .text()
         .lines()
-        .filter(|line| !line.ends_with("=ok") && !line.starts_with("statfs_bytes="))
+        .filter(|line| !line.ends_with("=ok"))
+        .filter(|line| !line.starts_with("statfs_bytes=") && !line.starts_with("operations="))
         .map(String::from)
         .collect();
-    outcome.check(wrong.len() == 2, &format!("{options}: every operation works: {wrong:#?}"));
+    outcome.check(wrong.is_empty(), &format!("{options}: every operation works: {wrong:#?}"));
     let right = outcome.text().lines().filter(|line| line.ends_with("=ok")).count() as u64;
     // The two locks are extra.
     outcome.check(right == outcome.number("operations") + 2, "no operation was left out");
@@ -134,7 +135,10 @@ fn operations(options: &str) -> Outcome {
         "an attribute"
     );
     assert_eq!(data("allocated").len(), 1 << 20, "allocated");
-    assert!(data("punched").blocks() * 512 <= 65536 - 8192, "a hole on the host");
+    // Reading a hole of tmpfs through a mapping fills it.
+    if options.contains("dax=never") {
+        assert!(data("punched").blocks() * 512 <= 65536 - 8192, "a hole on the host");
+    }
     assert!(data("sparse").blocks() < 64, "sparse on the host");
     assert_eq!(read("tmpfile"), b"named later", "an unnamed file with a name");
     assert_eq!(read("copy"), noise(300_000, 9), "copied");
