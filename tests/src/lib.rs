@@ -1,1 +1,19 @@
-//! Helpers of the integration tests.
+//! Runs `oriel` as a user would and looks at what came of it.
+//!
+//! A boot costs seconds where KVM is emulated, so a test boots once and checks much: its guest prints
+//! `name=value` lines, which [`Outcome::guest_says`] checks one by one. Whatever goes wrong is shown with
+//! everything that is known of the run: command line, status, standard error and the guest's console.
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by a panic"
+)]
+
+mod guest;
+mod run;
+mod tree;
+
+pub use guest::{busybox, vmlinux, vmlinuz};
+pub use run::{Oriel, Outcome, Running, text};
+pub use tree::{Tree, copy_executable, noise, sha256};

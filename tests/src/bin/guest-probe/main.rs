@@ -1,0 +1,29 @@
+//! What the tests run inside guests, where there is no other program: file operations that a shell does not
+//! have, and memory-mapped files.
+//!
+//! It prints `name=value` lines. What fails is printed as the error.
+
+mod files;
+mod map;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["files", directory] => files::everything(directory.as_ref()),
+        ["locks", directory] => files::locks(directory.as_ref()),
+        ["read-only", directory] => files::refused(directory.as_ref()),
+        ["map", file] => map::serve(file.as_ref()),
+        ["noise", size, file] => files::write_noise(size, file.as_ref()),
+        _ => Err(anyhow::anyhow!("guest-probe files|locks|read-only|map|noise …, not {words:?}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("guest-probe: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

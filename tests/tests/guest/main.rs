@@ -1,0 +1,19 @@
+//! Real guests, through the public command line. They need a KVM that can run one: `tests/with-kvm`.
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by a panic"
+)]
+
+mod boot;
+mod commands;
+mod dax;
+mod kernels;
+mod memory;
+mod mistakes;
+mod roots;
+mod shares;
+
+/// The program that runs in guests.
+const PROBE: &str = env!("CARGO_BIN_EXE_guest-probe");
