@@ -1,8 +1,10 @@
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use super::{ALIGNMENT, Window};
+use rustix::fs::fstat;
+
+use super::{ALIGNMENT, Budget, Window, page_end};
 use crate::dax::DaxWindow;
 
 const MIB: u64 = 1 << 20;
@@ -299,4 +301,137 @@ fn random_changes_leave_what_a_simple_model_says() {
         let seen: Vec<_> = (0..PAGES).map(|page| peek(&window, page * 4096)).collect();
         assert_eq!(seen, model);
     }
+}
+
+#[test]
+fn repairs_and_growth_make_no_mappings() {
+    let window = Window::new(2 * ALIGNMENT).unwrap();
+    let file = pages(1);
+    let most = window.most_mappings as u64;
+    let step = 4 * 4096;
+    for at in 0..most {
+        window.map(at * step, step, file.as_fd(), 0, false).unwrap();
+    }
+    for round in 1..4 {
+        window.repair_truncated().unwrap();
+        assert_eq!(window.live_mappings() as u64, most);
+        // Over the zeros: a part of a mapping that is its own, which there is no room for.
+        for at in 0..most {
+            let (offset, len) = (at * step + round * 4096, step - round * 4096);
+            let error = window.map(offset, len, file.as_fd(), 0, false).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+        }
+    }
+    assert_eq!(window.live_mappings() as u64, most);
+}
+
+#[test]
+fn a_file_that_grows_page_by_page_stays_one_mapping_of_two_areas() {
+    let window = Window::new(2 * ALIGNMENT).unwrap();
+    let file = pages(4);
+    window.map(0, ALIGNMENT, file.as_fd(), 0, false).unwrap();
+    file.set_len(0).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    let start = window.host_address() as usize;
+    for page in 1..=400u64 {
+        file.set_len(page * 4096).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, &[page as u8], (page - 1) * 4096).unwrap();
+        window.file_may_have_grown();
+        assert_eq!(peek(&window, (page - 1) * 4096), Some(page as u8));
+    }
+    assert_eq!(window.live_mappings(), 1);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let inside = |line: &&str| {
+        let from = usize::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+        (start..start + ALIGNMENT as usize).contains(&from)
+    };
+    assert_eq!(maps.lines().filter(inside).count(), 2, "{maps}");
+}
+
+#[test]
+fn a_part_of_a_repaired_mapping_keeps_its_zeros_and_gets_its_pages_back() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(8);
+    window.map(0, 32768, file.as_fd(), 0, true).unwrap();
+    file.set_len(8192).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    // Cut in the zeros: what is before has the end of the file in it, what is behind is zeros alone.
+    window.unmap(16384, 4096).unwrap();
+    let seen = |window: &Window| (0..8).map(|page| peek(window, page * 4096)).collect::<Vec<_>>();
+    let zero = Some(0);
+    assert_eq!(seen(&window), [Some(1), Some(2), zero, zero, None, zero, zero, zero]);
+    std::os::unix::fs::FileExt::write_at(&file, &[9; 6 * 4096], 0).unwrap();
+    window.file_may_have_grown();
+    let nine = Some(9);
+    assert_eq!(seen(&window), [nine, nine, nine, nine, None, nine, zero, zero]);
+    assert_eq!(window.live_mappings(), 2);
+}
+
+#[test]
+fn all_windows_of_a_process_draw_from_one_budget() {
+    let budget: &'static Budget = Box::leak(Box::new(Budget::new(3)));
+    let file = pages(4);
+    let one = Window::within(ALIGNMENT, budget).unwrap();
+    let other = Window::within(ALIGNMENT, budget).unwrap();
+    let map = |window: &Window, at: u64| window.map(at * 8192, 4096, file.as_fd(), 0, false);
+    map(&one, 0).unwrap();
+    map(&other, 0).unwrap();
+    map(&other, 1).unwrap();
+    assert_eq!(map(&one, 1).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    assert_eq!(map(&other, 2).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    // The same again needs no more; what is taken away is there for the other.
+    map(&one, 0).unwrap();
+    other.unmap(0, ALIGNMENT).unwrap();
+    map(&one, 1).unwrap();
+    assert_eq!(budget.left(), 1);
+    one.clear();
+    assert_eq!(budget.left(), 3);
+    map(&one, 0).unwrap();
+    drop(one);
+    assert_eq!(budget.left(), 3);
+}
+
+#[test]
+fn a_mapping_that_fails_costs_nothing_of_the_budget() {
+    let budget: &'static Budget = Box::leak(Box::new(Budget::new(3)));
+    let window = Window::within(ALIGNMENT, budget).unwrap();
+    window.map(0, 4096, File::open("/").unwrap().as_fd(), 0, false).unwrap_err();
+    assert_eq!(budget.left(), 3);
+}
+
+#[test]
+fn a_file_of_which_the_host_has_only_errors_has_lost_its_pages_and_the_others_are_repaired() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let (gone, cut) = (pages(2), pages(3));
+    window.map(0, 8192, gone.as_fd(), 0, false).unwrap();
+    window.map(8192, 12288, cut.as_fd(), 0, false).unwrap();
+    cut.set_len(4096).unwrap();
+    let end_of = |file: &OwnedFd| match page_end(&fstat(file)?) {
+        8192 => Err(std::io::Error::from_raw_os_error(libc::ESTALE)),
+        end => Ok(end),
+    };
+    let before = window.repairs();
+    assert_eq!(window.repair_by(end_of).unwrap(), 2);
+    assert_ne!(window.repairs(), before);
+    let bytes: Vec<_> = (0..5).map(|page| peek(&window, page * 4096).unwrap()).collect();
+    assert_eq!(bytes, [0, 0, 1, 0, 0]);
+    assert_eq!(window.repair_by(end_of).unwrap(), 0);
+    // The server is back.
+    window.file_may_have_grown();
+    assert_eq!((peek(&window, 0), peek(&window, 4096)), (Some(1), Some(2)));
+}
+
+#[test]
+fn a_file_of_large_pages_is_refused_and_leaves_nothing_mapped() {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    let window = Window::new(ALIGNMENT).unwrap();
+    let Ok(large) = memfd_create("large", MemfdFlags::HUGETLB) else {
+        return; // The host has no large pages.
+    };
+    for writable in [false, true] {
+        let error = window.map(0, ALIGNMENT, large.as_fd(), 0, writable).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+    }
+    assert_eq!((window.live_mappings(), window.live_files()), (0, 0));
+    assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains("memfd:large"));
 }
