@@ -1,6 +1,7 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
 mod budget;
+mod probe;
 mod table;
 pub mod window;
 

@@ -265,9 +265,10 @@ impl State {
         out
     }
 
-    /// Enters a mapping, over whatever was there.
-    pub(super) fn insert(&mut self, offset: u64, mapping: Mapping) {
-        self.cut_out(offset, mapping.len);
+    /// Enters a mapping, over whatever was there, and returns that.
+    pub(super) fn insert(&mut self, offset: u64, mapping: Mapping) -> Vec<(u64, Mapping)> {
+        let before = self.cut_out(offset, mapping.len);
         self.mappings.insert(offset, mapping);
+        before
     }
 }

@@ -38,6 +38,12 @@ const MOST_MAPPINGS: (u64, u64) = (256, budget::MOST as u64);
 /// is then SIGBUS in this process and `EFAULT` from `KVM_RUN` in a vCPU. The window is therefore touched by
 /// system calls only (see [`crate::memory`]), and a vCPU thread that gets `EFAULT` calls
 /// [`repair_truncated`](Self::repair_truncated) and runs the vCPU again.
+///
+/// # A disk that fails or is full
+///
+/// is the same to the guest. What the host cannot read is found by
+/// [`cover_unreadable`](Self::cover_unreadable). A write that finds no room on the disk is not repaired: the
+/// vCPU waits for room ([`full_file_system`](Self::full_file_system)).
 pub struct Window {
     base: NonNull<u8>,
     size: u64,
@@ -46,12 +52,13 @@ pub struct Window {
     /// There are, or were lately, zero pages in the place of lost ones.
     repaired: AtomicBool,
     /// Goes up with everything that is repaired.
-    repairs: AtomicU64,
+    pub(super) repairs: AtomicU64,
     // One repair at a time, from asking the host where files end to acting on it: a file that grows in
     // between is seen by the next. Taken before `state`, and held while the host is asked, which may block;
     // no `map` or `unmap` waits for it.
     repairing: Mutex<()>,
-    // Held over `mmap` and table look-ups only, never while the host is asked about a file.
+    // Held over `mmap` in the window and table look-ups, never while the host is asked about a file or closes
+    // one. What is left that may block is the file system's own part of `mmap`.
     state: Mutex<State>,
 }
 
@@ -226,7 +233,7 @@ impl Window {
         self.repaired.store(zeros, Ordering::SeqCst);
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -241,7 +248,7 @@ impl Window {
 
     /// Refuses what would leave too many mappings, when it leaves more than there are. Draws what it needs
     /// from the budget; [`settle`](Self::settle) gives back what is not needed after all.
-    fn check_count(&self, state: &mut State, then: usize) -> io::Result<()> {
+    pub(super) fn check_count(&self, state: &mut State, then: usize) -> io::Result<()> {
         if then > state.count() && then > self.most_mappings {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
@@ -252,14 +259,14 @@ impl Window {
     }
 
     /// Gives back what the table does not need of the budget.
-    fn settle(&self, state: &mut State) {
+    pub(super) fn settle(&self, state: &mut State) {
         let left = state.drawn.saturating_sub(state.count());
         state.drawn -= left;
         self.budget.give_back(left);
     }
 
     /// The address of a range that was checked.
-    fn address(&self, offset: u64) -> *mut std::ffi::c_void {
+    pub(super) fn address(&self, offset: u64) -> *mut std::ffi::c_void {
         self.base.as_ptr().wrapping_add(offset as usize).cast()
     }
 
@@ -295,7 +302,7 @@ impl Window {
     }
 
     /// Puts private zero pages over a range.
-    fn place_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(super) fn place_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         // SAFETY: as in `place_file`.
         unsafe {
@@ -400,11 +407,15 @@ impl DaxWindow for Window {
         let known_end = page_end(&opened.stat);
         let mapping = Mapping { len, file, file_offset, known_end, shown: len };
         let placed = self.place(offset, &mapping);
+        let mut before = Vec::new();
         match placed {
-            Ok(()) => state.insert(offset, mapping),
+            Ok(()) => before = state.insert(offset, mapping),
             Err(_) => self.restore(&mut state, offset, len),
         }
         self.settle(&mut state);
+        // Closes files, which may block: without the lock.
+        drop(state);
+        drop(before);
         placed
     }
 
@@ -414,10 +425,11 @@ impl DaxWindow for Window {
         let then = state.count_without(offset, len);
         self.check_count(&mut state, then)?;
         let reserved = self.reserve(offset, len);
-        if reserved.is_ok() {
-            state.cut_out(offset, len);
-        }
+        let before = if reserved.is_ok() { state.cut_out(offset, len) } else { Vec::new() };
         self.settle(&mut state);
+        // Closes files, as in `map`.
+        drop(state);
+        drop(before);
         reserved
     }
 
@@ -428,11 +440,14 @@ impl DaxWindow for Window {
             log::error!("cannot clear a DAX window: {error}");
             return;
         }
-        state.mappings.clear();
+        let before = std::mem::take(&mut state.mappings);
         state.unreadable.clear();
         state.files.clear();
         state.changes += 1;
         self.settle(&mut state);
+        // Closes files, as in `map`.
+        drop(state);
+        drop(before);
     }
 
     fn file_may_have_grown(&self) {

@@ -435,3 +435,105 @@ fn a_file_of_large_pages_is_refused_and_leaves_nothing_mapped() {
     assert_eq!((window.live_mappings(), window.live_files()), (0, 0));
     assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains("memfd:large"));
 }
+
+/// Makes every page of a mapping that is in no page cache one that cannot be had: userfaultfd(2) with
+/// `UFFD_FEATURE_SIGBUS`. None where this process may not.
+fn fail_missing_pages(window: &Window, offset: u64, len: u64) -> Option<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    // UFFDIO_API and UFFDIO_REGISTER of linux/userfaultfd.h, and their arguments.
+    const API: libc::c_ulong = 0xc018_aa3f;
+    const REGISTER: libc::c_ulong = 0xc020_aa00;
+    const FEATURE_SIGBUS: u64 = 1 << 7;
+    const MODE_MISSING: u64 = 1;
+    // SAFETY: the faults that it makes are those of the window, which is touched by system calls only.
+    let fd = unsafe { rustix::mm::userfaultfd(rustix::mm::UserfaultfdFlags::CLOEXEC) }.ok()?;
+    let mut api = [0xaa, FEATURE_SIGBUS, 0];
+    let mut register = [window.host_address() as u64 + offset, len, MODE_MISSING, 0];
+    // SAFETY: both arguments are as large as their numbers say.
+    let done = unsafe {
+        libc::ioctl(fd.as_raw_fd(), API, api.as_mut_ptr()) == 0
+            && libc::ioctl(fd.as_raw_fd(), REGISTER, register.as_mut_ptr()) == 0
+    };
+    done.then_some(fd)
+}
+
+#[test]
+fn a_page_that_the_host_cannot_read_is_covered_alone_and_comes_back_when_mapped_anew() {
+    use std::os::unix::fs::FileExt;
+    let budget: &'static Budget = Box::leak(Box::new(Budget::new(8)));
+    let window = Window::within(ALIGNMENT, budget).unwrap();
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = File::from(rustix::fs::memfd_create("holes", flags).unwrap());
+    file.set_len(7 * 4096).unwrap();
+    for page in [0, 1, 2, 4, 6] {
+        file.write_at(&[page as u8 + 1; 4096], page * 4096).unwrap();
+    }
+    window.map(0, 7 * 4096, file.as_fd(), 0, true).unwrap();
+    assert_eq!(window.cover_unreadable().unwrap(), 0);
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    for page in [3, 5] {
+        rustix::fs::fallocate(&file, punch, page * 4096, 4096).unwrap();
+    }
+    let Some(_fd) = fail_missing_pages(&window, 0, 7 * 4096) else {
+        return; // Not allowed to.
+    };
+    assert_eq!((peek(&window, 3 * 4096), peek(&window, 5 * 4096)), (None, None));
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+    let before = window.repairs();
+    assert_eq!(window.cover_unreadable().unwrap(), 2);
+    assert_eq!((window.repairs() - before, budget.left()), (2, 5));
+    assert_eq!(window.cover_unreadable().unwrap(), 0);
+    let bytes: Vec<_> = (0..7).map(|page| peek(&window, page * 4096).unwrap()).collect();
+    assert_eq!(bytes, [1, 2, 3, 0, 5, 0, 7]);
+    // The guest's own, and the pages beside it are still the file's.
+    assert!(poke(&window, 3 * 4096, 8) && poke(&window, 4 * 4096, 9));
+    let mut byte = [0];
+    file.read_at(&mut byte, 4 * 4096).unwrap();
+    assert_eq!(byte, [9]);
+
+    window.map(3 * 4096, 4096, file.as_fd(), 3 * 4096, true).unwrap();
+    file.write_at(&[4], 3 * 4096).unwrap();
+    assert_eq!(peek(&window, 3 * 4096), Some(4));
+    // A page that the file loses is no longer one that cannot be read.
+    file.set_len(4096).unwrap();
+    window.repair_truncated().unwrap();
+    file.write_at(&[6; 4096], 5 * 4096).unwrap();
+    window.file_may_have_grown();
+    assert_eq!(peek(&window, 5 * 4096), Some(6));
+    assert_eq!(budget.left(), 5);
+}
+
+#[test]
+fn a_full_disk_is_told_from_one_with_room() {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen,
+    };
+    let mount = || {
+        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&context, "size", "1m")?;
+        fsconfig_create(&context)?;
+        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+    };
+    let Ok(mount) = mount() else {
+        return; // Not allowed to.
+    };
+    let make = |name: &str| {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDWR | OFlags::CREATE;
+        File::from(rustix::fs::openat(&mount, name, flags, Mode::RUSR | Mode::WUSR).unwrap())
+    };
+    let (sparse, mut fill) = (make("sparse"), make("fill"));
+    sparse.set_len(ALIGNMENT).unwrap();
+    let window = Window::new(ALIGNMENT).unwrap();
+    window.map(0, ALIGNMENT, sparse.as_fd(), 0, true).unwrap();
+    assert_eq!(window.full_file_system(), None);
+    while fill.write_all(&[1; 4096]).is_ok() {}
+    assert!(!poke(&window, 100 * 4096, 1));
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+    let stat = fstat(&sparse).unwrap();
+    assert_eq!(window.full_file_system(), Some((stat.st_dev, stat.st_ino)));
+    fill.set_len(0).unwrap();
+    assert!(poke(&window, 100 * 4096, 1), "it goes on where it was");
+    assert_eq!(window.full_file_system(), None);
+}
