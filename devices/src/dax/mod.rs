@@ -1,5 +1,7 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
+mod budget;
+mod probe;
 mod table;
 pub mod window;
 
@@ -12,8 +14,12 @@ pub use window::Window;
 /// not the server's business.
 ///
 /// All methods may be called from any thread at any time. Each call is atomic towards the others: two
-/// calls on overlapping ranges leave the result of one order or the other. At no moment is there a hole
-/// in the host mapping that an unrelated `mmap` of this process could take.
+/// calls on overlapping ranges leave the result of one order or the other.
+///
+/// At no moment is there a hole in the host mapping that an unrelated `mmap` of this process could take,
+/// with one exception: before Linux 6.12 an `mmap` with `MAP_FIXED` that fails late (the file system refuses
+/// the mapping) has already taken away what was there. The range is reserved anew at once, but not
+/// atomically. A file is therefore tried elsewhere before it is mapped here for the first time.
 ///
 /// Offsets and lengths are bytes. They are the guest's own numbers: the implementation checks them.
 pub trait DaxWindow: Send + Sync {
@@ -28,8 +34,9 @@ pub trait DaxWindow: Send + Sync {
     ///
     /// `EINVAL` when an offset or the length is not a multiple of 4 KiB, when `len` is 0, when the range
     /// leaves the window or overflows; else the errno of `mmap` (`EACCES` for a writable mapping of a file
-    /// that is not open for writing, `ENOMEM` when the process has too many mappings). The window is
-    /// unchanged after an error.
+    /// that is not open for writing, `ENOMEM` when the window or the process has too many mappings,
+    /// `ENODEV` for a file system that cannot be mapped so, hugetlbfs among them). The window is unchanged
+    /// after an error.
     fn map(
         &self,
         offset: u64,

@@ -1,22 +1,95 @@
 //! What is mapped where in a window.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
-use rustix::fs::{OFlags, Stat, fcntl_getfl, fstat};
+use rustix::fs::{OFlags, Stat, fcntl_getfl, fstat, fstatfs};
 
 use super::window::PAGE;
+
+/// `HUGETLBFS_MAGIC` of linux/magic.h.
+const HUGETLBFS: u32 = 0x9584_58f6;
+/// `OVERLAYFS_SUPER_MAGIC` of linux/magic.h.
+const OVERLAYFS: u32 = 0x794c_7630;
 
 /// A file that is mapped, once for all its mappings of one kind: not a descriptor for every 2 MiB.
 pub(super) struct Backing {
     pub(super) fd: OwnedFd,
     pub(super) key: Key,
+    /// Its change time, where a copy-up may put another file in its place (see [`Opened`]).
+    copied_up: Option<(i64, i64)>,
+    /// That the host cannot say where it ends was logged.
+    pub(super) lost: AtomicBool,
 }
 
 /// Which file it is, and whether its descriptor is open for writing.
 pub(super) type Key = (u64, u64, bool);
+
+/// A file that is about to be mapped, and what had to be asked of the host for that. No lock is held while
+/// it is: the host may be slow.
+pub(super) struct Opened {
+    pub(super) stat: Stat,
+    key: Key,
+    read_only: bool,
+}
+
+impl Opened {
+    /// # Errors
+    ///
+    /// `EACCES` when the file is not open as the mapping needs it; the errno of `fstat`.
+    pub(super) fn new(file: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
+        // So that nothing is replaced before it is clear that the file may be mapped so.
+        let mode = fcntl_getfl(file)? & OFlags::ACCMODE;
+        if mode == OFlags::WRONLY || (writable && mode != OFlags::RDWR) {
+            return Err(io::Error::from_raw_os_error(libc::EACCES));
+        }
+        let stat = fstat(file)?;
+        let key = (stat.st_dev, stat.st_ino, writable);
+        Ok(Self { stat, key, read_only: mode == OFlags::RDONLY })
+    }
+
+    /// A backing with a descriptor of its own.
+    ///
+    /// A descriptor of overlayfs that is open for reading only may be of a file of a lower layer, which the
+    /// first write anywhere replaces by a copy: device and inode number stay as they are, and what is
+    /// mapped through the descriptor shows the old file for ever. The change time is another one then.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` for a file of hugetlbfs, whose pages are not of the window's size; what `trial` says, which
+    /// is called with the new descriptor.
+    pub(super) fn backing(
+        &self,
+        file: BorrowedFd<'_>,
+        trial: impl FnOnce(&OwnedFd) -> io::Result<()>,
+    ) -> io::Result<Backing> {
+        let file_system = fstatfs(file)?.f_type as u32;
+        if file_system == HUGETLBFS {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        let fd = file.try_clone_to_owned()?;
+        trial(&fd)?;
+        let replaceable = file_system == OVERLAYFS && self.read_only;
+        Ok(Backing {
+            fd,
+            key: self.key,
+            copied_up: replaceable.then_some(self.changed()),
+            lost: AtomicBool::new(false),
+        })
+    }
+
+    fn changed(&self) -> (i64, i64) {
+        (self.stat.st_ctime, self.stat.st_ctime_nsec as i64)
+    }
+
+    /// Whether the file is that of a backing which is there.
+    fn is_of(&self, backing: &Backing) -> bool {
+        backing.copied_up.is_none_or(|changed| self.read_only && changed == self.changed())
+    }
+}
 
 #[derive(Clone)]
 pub(super) struct Mapping {
@@ -25,14 +98,25 @@ pub(super) struct Mapping {
     pub(super) file_offset: u64,
     /// Where the file ended when this was mapped, rounded up to a page.
     pub(super) known_end: u64,
-    /// Private zero pages stand here for what the file has lost.
-    pub(super) zeros: bool,
+    /// So much of it shows the file. From there on private zero pages stand for what the file has lost.
+    /// They are no mapping of their own, so that no repair makes more mappings than the guest did.
+    pub(super) shown: u64,
 }
 
 impl Mapping {
     /// The part from `from` on, of `len` bytes.
     pub(super) fn part(&self, from: u64, len: u64) -> Self {
-        Self { len, file_offset: self.file_offset + from, ..self.clone() }
+        Self {
+            len,
+            file_offset: self.file_offset.saturating_add(from),
+            shown: self.shown.saturating_sub(from).min(len),
+            ..self.clone()
+        }
+    }
+
+    /// How much of it lies before the end of its file.
+    pub(super) fn there(&self, file_end: u64) -> u64 {
+        file_end.saturating_sub(self.file_offset).min(self.len)
     }
 }
 
@@ -40,21 +124,50 @@ impl Mapping {
 pub(super) struct State {
     /// By offset in the window; they do not overlap.
     pub(super) mappings: BTreeMap<u64, Mapping>,
+    /// The offsets of single pages that could not be had although their file has them, and in whose place
+    /// there are private zeros. All in what their mappings show of the file.
+    pub(super) unreadable: BTreeSet<u64>,
     pub(super) files: HashMap<Key, Weak<Backing>>,
+    /// Goes up when a range is mapped or unmapped.
+    pub(super) changes: u64,
+    /// How much of the budget is drawn for this window.
+    pub(super) drawn: usize,
 }
 
 /// Where files end now, rounded up to a page: asked once for each, since many mappings are of one file.
 #[derive(Default)]
-pub(super) struct FileEnds(HashMap<Key, u64>);
+pub(super) struct FileEnds(HashMap<usize, u64>);
+
+fn identity(file: &Arc<Backing>) -> usize {
+    Arc::as_ptr(file).addr()
+}
 
 impl FileEnds {
-    pub(super) fn of(&mut self, file: &Backing) -> io::Result<u64> {
-        if let Some(end) = self.0.get(&file.key) {
-            return Ok(*end);
-        }
-        let end = page_end(&fstat(&file.fd)?);
-        self.0.insert(file.key, end);
-        Ok(end)
+    /// Asks `end_of` for the ends of files. One that cannot be asked (its server is gone, it was removed
+    /// there) has lost all its pages.
+    pub(super) fn ask(
+        files: &[Arc<Backing>],
+        end_of: impl Fn(&OwnedFd) -> io::Result<u64>,
+    ) -> Self {
+        let end = |file: &Arc<Backing>| match end_of(&file.fd) {
+            Ok(end) => end,
+            Err(error) => {
+                let (device, inode, _) = file.key;
+                if !file.lost.swap(true, Relaxed) {
+                    log::warn!(
+                        "the host has lost a file that is mapped (device {device:#x}, inode {inode}): \
+                         {error}; the guest reads zeros there"
+                    );
+                }
+                0
+            }
+        };
+        Self(files.iter().map(|file| (identity(file), end(file))).collect())
+    }
+
+    /// None for a file that was mapped after the question.
+    pub(super) fn of(&self, file: &Arc<Backing>) -> Option<u64> {
+        self.0.get(&identity(file)).copied()
     }
 }
 
@@ -64,45 +177,43 @@ pub(super) fn page_end(stat: &Stat) -> u64 {
 }
 
 impl State {
-    /// The mappings of one kind, as they are now.
-    pub(super) fn copy(&self, which: impl Fn(&Mapping) -> bool) -> Vec<(u64, Mapping)> {
-        self.mappings
-            .iter()
-            .filter(|(_, mapping)| which(mapping))
-            .map(|(offset, mapping)| (*offset, mapping.clone()))
-            .collect()
+    /// The files of such mappings, each once.
+    pub(super) fn files_of(&self, which: impl Fn(&Mapping) -> bool) -> Vec<Arc<Backing>> {
+        let files: HashMap<usize, Arc<Backing>> = self
+            .mappings
+            .values()
+            .filter(|mapping| which(mapping))
+            .map(|mapping| (identity(&mapping.file), mapping.file.clone()))
+            .collect();
+        files.into_values().collect()
     }
 
-    /// The backing of a file: the one that is there, or a new one with a descriptor of its own. `stat` is
-    /// the file's; `trial` is called with a new one before it is entered.
-    pub(super) fn backing(
-        &mut self,
-        file: BorrowedFd<'_>,
-        stat: &Stat,
-        writable: bool,
-        trial: impl FnOnce(&OwnedFd) -> io::Result<()>,
-    ) -> io::Result<Arc<Backing>> {
-        // So that nothing is replaced before it is clear that the file may be mapped so.
-        let mode = fcntl_getfl(file)? & OFlags::ACCMODE;
-        if mode == OFlags::WRONLY || (writable && mode != OFlags::RDWR) {
-            return Err(io::Error::from_raw_os_error(libc::EACCES));
-        }
-        let key = (stat.st_dev, stat.st_ino, writable);
-        if let Some(backing) = self.files.get(&key).and_then(Weak::upgrade) {
-            return Ok(backing);
-        }
-        let fd = file.as_fd().try_clone_to_owned()?;
-        trial(&fd)?;
-        let backing = Arc::new(Backing { fd, key });
+    /// The mapping that has an offset, and where it begins.
+    pub(super) fn at(&self, offset: u64) -> Option<(u64, &Mapping)> {
+        let (start, mapping) = self.mappings.range(..=offset).next_back()?;
+        (offset - start < mapping.len).then_some((*start, mapping))
+    }
+
+    /// The backing of a file, when there is one.
+    pub(super) fn known(&self, file: &Opened) -> Option<Arc<Backing>> {
+        self.files.get(&file.key).and_then(Weak::upgrade).filter(|backing| file.is_of(backing))
+    }
+
+    /// Enters a backing.
+    pub(super) fn add_file(&mut self, file: &Arc<Backing>) {
         // What is not mapped any more holds no descriptor, but a little memory.
         if self.files.len() >= 64 && self.files.len() >= 2 * self.mappings.len() {
             self.files.retain(|_, file| file.strong_count() > 0);
         }
-        self.files.insert(key, Arc::downgrade(&backing));
-        Ok(backing)
+        self.files.insert(file.key, Arc::downgrade(file));
     }
 
-    /// How many mappings there are once a range is cut out.
+    /// What counts towards the budget.
+    pub(super) fn count(&self) -> usize {
+        self.mappings.len() + self.unreadable.len()
+    }
+
+    /// How much counts once a range is cut out.
     pub(super) fn count_without(&self, offset: u64, len: u64) -> usize {
         let end = offset + len;
         let inside = self
@@ -112,7 +223,15 @@ impl State {
             .count();
         let before = self.mappings.range(..offset).next_back();
         let split = before.is_some_and(|(at, mapping)| at + mapping.len > end);
-        self.mappings.len() - inside + usize::from(split)
+        let pages = self.unreadable.range(offset..end).count();
+        self.count() - inside - pages + usize::from(split)
+    }
+
+    /// Forgets the unreadable pages of a range.
+    pub(super) fn forget_unreadable(&mut self, from: u64, to: u64) {
+        while let Some(at) = self.unreadable.range(from..to).next().copied() {
+            self.unreadable.remove(&at);
+        }
     }
 
     /// Takes the parts of mappings that lie in a range out of the table, and returns them.
@@ -141,12 +260,15 @@ impl State {
                 out.push((from, mapping.part(from - at, to - from)));
             }
         }
+        self.forget_unreadable(offset, end);
+        self.changes += 1;
         out
     }
 
-    /// Enters a mapping, over whatever was there.
-    pub(super) fn insert(&mut self, offset: u64, mapping: Mapping) {
-        self.cut_out(offset, mapping.len);
+    /// Enters a mapping, over whatever was there, and returns that.
+    pub(super) fn insert(&mut self, offset: u64, mapping: Mapping) -> Vec<(u64, Mapping)> {
+        let before = self.cut_out(offset, mapping.len);
         self.mappings.insert(offset, mapping);
+        before
     }
 }

@@ -4,14 +4,15 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::fstat;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::DaxWindow;
-use super::table::{Backing, FileEnds, Mapping, State, page_end};
+use super::budget::{self, Budget};
+use super::table::{Backing, FileEnds, Mapping, Opened, State, page_end};
 
 /// Alignment of the window and of its size, in bytes: that of a large page. Host and guest address have to
 /// agree modulo this for KVM to map one, and it is how much the Linux guest maps at a time.
@@ -20,14 +21,11 @@ pub const ALIGNMENT: u64 = 2 << 20;
 /// Granularity of mappings in bytes.
 pub(super) const PAGE: u64 = 4096;
 
-/// The most mappings at a time for each [`ALIGNMENT`] of a window. The Linux guest makes one; a repair may
-/// split it in two.
+/// The most mappings at a time for each [`ALIGNMENT`] of a window. The Linux guest makes one.
 const MAPPINGS_PER_LARGE_PAGE: u64 = 2;
 
-/// Bounds of the most mappings of a window. Each costs up to three of the process's memory areas: itself,
-/// what is left of the reservation beside it, and a tail that was repaired. The host allows 65530 of them
-/// (`vm.max_map_count`), and the rest of the process would fail for want of some.
-const MOST_MAPPINGS: (u64, u64) = (256, 20_000);
+/// Bounds of the most mappings of one window. All windows together have [`budget::MOST`].
+const MOST_MAPPINGS: (u64, u64) = (256, budget::MOST as u64);
 
 /// A DAX window: a stretch of this process's addresses that is always mapped, to file pages or to nothing.
 ///
@@ -40,12 +38,27 @@ const MOST_MAPPINGS: (u64, u64) = (256, 20_000);
 /// is then SIGBUS in this process and `EFAULT` from `KVM_RUN` in a vCPU. The window is therefore touched by
 /// system calls only (see [`crate::memory`]), and a vCPU thread that gets `EFAULT` calls
 /// [`repair_truncated`](Self::repair_truncated) and runs the vCPU again.
+///
+/// # A disk that fails or is full
+///
+/// is the same to the guest. What the host cannot read is found by
+/// [`cover_unreadable`](Self::cover_unreadable). A write that finds no room on the disk is not repaired: the
+/// vCPU waits for room ([`full_file_system`](Self::full_file_system)).
 pub struct Window {
     base: NonNull<u8>,
     size: u64,
     most_mappings: usize,
+    budget: &'static Budget,
     /// There are, or were lately, zero pages in the place of lost ones.
     repaired: AtomicBool,
+    /// Goes up with everything that is repaired.
+    pub(super) repairs: AtomicU64,
+    // One repair at a time, from asking the host where files end to acting on it: a file that grows in
+    // between is seen by the next. Taken before `state`, and held while the host is asked, which may block;
+    // no `map` or `unmap` waits for it.
+    repairing: Mutex<()>,
+    // Held over `mmap` in the window and table look-ups, never while the host is asked about a file or closes
+    // one. What is left that may block is the file system's own part of `mmap`.
     state: Mutex<State>,
 }
 
@@ -66,6 +79,10 @@ impl Window {
     ///
     /// `EINVAL` for a size of 0 or not a multiple of 2 MiB; the errno of `mmap`.
     pub fn new(size: u64) -> io::Result<Self> {
+        Self::within(size, &budget::PROCESS)
+    }
+
+    fn within(size: u64, budget: &'static Budget) -> io::Result<Self> {
         if size == 0 || !size.is_multiple_of(ALIGNMENT) {
             return Err(invalid());
         }
@@ -100,7 +117,10 @@ impl Window {
             size,
             most_mappings: (size / ALIGNMENT * MAPPINGS_PER_LARGE_PAGE)
                 .clamp(MOST_MAPPINGS.0, MOST_MAPPINGS.1) as usize,
+            budget,
             repaired: AtomicBool::new(false),
+            repairs: AtomicU64::new(0),
+            repairing: Mutex::default(),
             state: Mutex::default(),
         })
     }
@@ -123,6 +143,12 @@ impl Window {
         state.files.values().filter(held).count()
     }
 
+    /// Goes up with everything that is repaired. A fault of a vCPU that entered the guest before is thereby
+    /// explained.
+    pub fn repairs(&self) -> u64 {
+        self.repairs.load(Ordering::Acquire)
+    }
+
     /// Puts zero pages where a mapped file has no pages any more, and says in how many places something
     /// was done: 0 means that a fault did not come from there.
     ///
@@ -130,66 +156,84 @@ impl Window {
     /// call on the window. The zero pages are the guest's own: what it writes there is in no file. They give
     /// way to the file's pages when the range is mapped anew and when the file has them again
     /// ([`DaxWindow::file_may_have_grown`]). They cost host memory only once touched, at most the window's
-    /// size. Idempotent.
+    /// size. Idempotent. A file about which the host has nothing but errors (a server that is gone) is one
+    /// that has lost all its pages; the others are repaired all the same.
+    ///
+    /// Asks the host for the size of every mapped file, and so may block as long as a file's server does.
     ///
     /// # Errors
     ///
     /// The errno of `mmap`; what was repaired before stays so.
     pub fn repair_truncated(&self) -> io::Result<usize> {
+        self.repair_by(|file| Ok(page_end(&fstat(file)?)))
+    }
+
+    /// The same, with the ends of files from `end_of`.
+    fn repair_by(&self, end_of: impl Fn(&OwnedFd) -> io::Result<u64>) -> io::Result<usize> {
+        let _one = self.repairing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before anything is asked: who makes a file longer from now on comes and looks.
+        self.repaired.store(true, Ordering::SeqCst);
+        let files = self.state().files_of(|_| true);
+        let ends = FileEnds::ask(&files, end_of);
         let mut state = self.state();
         // `KVM_RUN` does not say which page it was. First the likely ones: of files that are shorter than
         // when they were mapped. Pages past the end of the others were never there, and a guest that keeps
         // to the sizes it was told does not touch them.
-        let repaired = self.restore_grown(&mut state)? + self.cover_lost(&mut state, false)?;
-        if repaired > 0 {
-            return Ok(repaired);
+        let mut repaired = self.restore_grown(&mut state, &ends)?;
+        repaired += self.cover_lost(&mut state, &ends, false)?;
+        if repaired == 0 {
+            repaired = self.cover_lost(&mut state, &ends, true)?;
         }
-        self.cover_lost(&mut state, true)
+        self.note_zeros(&state);
+        Ok(repaired)
     }
 
     /// Covers the parts of mappings that lie past the ends of their files: of such files as have lost
     /// pages, or of `all`.
-    fn cover_lost(&self, state: &mut State, all: bool) -> io::Result<usize> {
-        let mut covered = 0;
-        let mut ends = FileEnds::default();
-        for (offset, mapping) in state.copy(|mapping| !mapping.zeros) {
-            let file_end = ends.of(&mapping.file)?;
-            let there = file_end.saturating_sub(mapping.file_offset).min(mapping.len);
-            if there < mapping.len && (all || file_end < mapping.known_end) {
-                let lost = Mapping { zeros: true, ..mapping.part(there, mapping.len - there) };
-                self.place(offset + there, &lost)?;
-                state.insert(offset + there, lost);
-                self.repaired.store(true, Ordering::Release);
-                covered += 1;
+    fn cover_lost(&self, state: &mut State, ends: &FileEnds, all: bool) -> io::Result<usize> {
+        let mut lost = Vec::new();
+        for (offset, mapping) in &mut state.mappings {
+            let Some(end) = ends.of(&mapping.file) else { continue };
+            let there = mapping.there(end);
+            if there < mapping.shown && (all || end < mapping.known_end) {
+                self.place_zeros(offset + there, mapping.shown - there)?;
+                lost.push((offset + there, offset + mapping.shown));
+                mapping.shown = there;
+                self.repairs.fetch_add(1, Ordering::Release);
             }
         }
-        Ok(covered)
+        for (from, to) in &lost {
+            state.forget_unreadable(*from, *to);
+        }
+        self.settle(state);
+        Ok(lost.len())
     }
 
     /// Puts the file's pages back where there are zeros and the file has pages again.
-    fn restore_grown(&self, state: &mut State) -> io::Result<usize> {
-        if !self.repaired.load(Ordering::Acquire) {
-            return Ok(0);
-        }
+    fn restore_grown(&self, state: &mut State, ends: &FileEnds) -> io::Result<usize> {
         let mut restored = 0;
-        let mut left = false;
-        let mut ends = FileEnds::default();
-        for (offset, mapping) in state.copy(|mapping| mapping.zeros) {
-            let file_end = ends.of(&mapping.file)?;
-            let there = file_end.saturating_sub(mapping.file_offset).min(mapping.len);
-            left |= there < mapping.len;
-            if there > 0 {
-                let grown = Mapping { zeros: false, known_end: file_end, ..mapping.part(0, there) };
-                self.place(offset, &grown)?;
-                state.insert(offset, grown);
+        for (offset, mapping) in &mut state.mappings {
+            let Some(end) = ends.of(&mapping.file) else { continue };
+            let there = mapping.there(end);
+            if mapping.shown < there {
+                let grown = mapping.part(mapping.shown, there - mapping.shown);
+                self.place_file(offset + mapping.shown, &grown, grown.len)?;
+                mapping.shown = there;
+                mapping.known_end = end;
+                self.repairs.fetch_add(1, Ordering::Release);
                 restored += 1;
             }
         }
-        self.repaired.store(left, Ordering::Release);
         Ok(restored)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    /// Remembers whether anything is left to restore.
+    fn note_zeros(&self, state: &State) {
+        let zeros = state.mappings.values().any(|mapping| mapping.shown < mapping.len);
+        self.repaired.store(zeros, Ordering::SeqCst);
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -202,47 +246,72 @@ impl Window {
         }
     }
 
-    /// Refuses what would leave too many mappings, when it leaves more than there are.
-    fn check_count(&self, state: &State, offset: u64, len: u64, more: usize) -> io::Result<()> {
-        let now = state.mappings.len();
-        let then = state.count_without(offset, len) + more;
-        if then > now && then > self.most_mappings {
+    /// Refuses what would leave too many mappings, when it leaves more than there are. Draws what it needs
+    /// from the budget; [`settle`](Self::settle) gives back what is not needed after all.
+    pub(super) fn check_count(&self, state: &mut State, then: usize) -> io::Result<()> {
+        if then > state.count() && then > self.most_mappings {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
+        let more = then.saturating_sub(state.drawn);
+        self.budget.draw(more)?;
+        state.drawn += more;
         Ok(())
     }
 
+    /// Gives back what the table does not need of the budget.
+    pub(super) fn settle(&self, state: &mut State) {
+        let left = state.drawn.saturating_sub(state.count());
+        state.drawn -= left;
+        self.budget.give_back(left);
+    }
+
     /// The address of a range that was checked.
-    fn address(&self, offset: u64) -> *mut std::ffi::c_void {
+    pub(super) fn address(&self, offset: u64) -> *mut std::ffi::c_void {
         self.base.as_ptr().wrapping_add(offset as usize).cast()
     }
 
     /// Makes `mapping` visible at `offset`.
     fn place(&self, offset: u64, mapping: &Mapping) -> io::Result<()> {
-        self.check(offset, mapping.len)?;
+        if mapping.shown > 0 {
+            self.place_file(offset, mapping, mapping.shown)?;
+        }
+        if mapping.shown < mapping.len {
+            self.place_zeros(offset + mapping.shown, mapping.len - mapping.shown)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the first `len` bytes of what `mapping` has of its file visible at `offset`.
+    fn place_file(&self, offset: u64, mapping: &Mapping, len: u64) -> io::Result<()> {
+        self.check(offset, len)?;
         let (_, _, writable) = mapping.file.key;
-        let len = mapping.len as usize;
         // SAFETY: MAP_FIXED replaces what is at the address, and `check` saw that the whole range is inside
         // the reservation that `self` owns. No Rust reference points there: the window is only ever touched
         // through raw pointers, by system calls and by the guest.
         unsafe {
-            if mapping.zeros {
-                mmap_anonymous(
-                    self.address(offset),
-                    len,
-                    ProtFlags::READ | ProtFlags::WRITE,
-                    MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
-                )?;
-            } else {
-                mmap(
-                    self.address(offset),
-                    len,
-                    protection(writable),
-                    MapFlags::SHARED | MapFlags::FIXED,
-                    &mapping.file.fd,
-                    mapping.file_offset,
-                )?;
-            }
+            mmap(
+                self.address(offset),
+                len as usize,
+                protection(writable),
+                MapFlags::SHARED | MapFlags::FIXED,
+                &mapping.file.fd,
+                mapping.file_offset,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Puts private zero pages over a range.
+    pub(super) fn place_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(offset, len)?;
+        // SAFETY: as in `place_file`.
+        unsafe {
+            mmap_anonymous(
+                self.address(offset),
+                len as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+            )?;
         }
         Ok(())
     }
@@ -250,7 +319,7 @@ impl Window {
     /// Maps the empty reservation over a range.
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
-        // SAFETY: as in `place`.
+        // SAFETY: as in `place_file`.
         unsafe {
             mmap_anonymous(
                 self.address(offset),
@@ -269,9 +338,15 @@ impl Window {
             // Out of memory areas, which `mmap` finds out before it changes anything: all is as it was.
             return;
         }
+        let pages: Vec<u64> = state.unreadable.range(offset..offset + len).copied().collect();
         for (at, mapping) in state.cut_out(offset, len) {
             if self.place(at, &mapping).is_ok() {
                 state.mappings.insert(at, mapping);
+            }
+        }
+        for at in pages {
+            if state.at(at).is_some() && self.place_zeros(at, PAGE).is_ok() {
+                state.unreadable.insert(at);
             }
         }
     }
@@ -317,31 +392,45 @@ impl DaxWindow for Window {
             Some(end) if file_offset.is_multiple_of(PAGE) && end <= i64::MAX as u64 => {}
             _ => return Err(invalid()),
         }
-        let mut state = self.state();
-        self.check_count(&state, offset, len, 1)?;
-        let stat = fstat(file)?;
-        let mapping = Mapping {
-            len,
-            file: state.backing(file, &stat, writable, |fd| try_mapping(fd, writable))?,
-            file_offset,
-            known_end: page_end(&stat),
-            zeros: false,
+        let opened = Opened::new(file, writable)?;
+        let known = self.state().known(&opened);
+        let file = match known {
+            Some(backing) => backing,
+            None => Arc::new(opened.backing(file, |fd| try_mapping(fd, writable))?),
         };
-        if let Err(error) = self.place(offset, &mapping) {
-            self.restore(&mut state, offset, len);
-            return Err(error);
+        let mut state = self.state();
+        let then = state.count_without(offset, len) + 1;
+        self.check_count(&mut state, then)?;
+        // Another thread may have been first.
+        let file = state.known(&opened).unwrap_or(file);
+        state.add_file(&file);
+        let known_end = page_end(&opened.stat);
+        let mapping = Mapping { len, file, file_offset, known_end, shown: len };
+        let placed = self.place(offset, &mapping);
+        let mut before = Vec::new();
+        match placed {
+            Ok(()) => before = state.insert(offset, mapping),
+            Err(_) => self.restore(&mut state, offset, len),
         }
-        state.insert(offset, mapping);
-        Ok(())
+        self.settle(&mut state);
+        // Closes files, which may block: without the lock.
+        drop(state);
+        drop(before);
+        placed
     }
 
     fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         let mut state = self.state();
-        self.check_count(&state, offset, len, 0)?;
-        self.reserve(offset, len)?;
-        state.cut_out(offset, len);
-        Ok(())
+        let then = state.count_without(offset, len);
+        self.check_count(&mut state, then)?;
+        let reserved = self.reserve(offset, len);
+        let before = if reserved.is_ok() { state.cut_out(offset, len) } else { Vec::new() };
+        self.settle(&mut state);
+        // Closes files, as in `map`.
+        drop(state);
+        drop(before);
+        reserved
     }
 
     fn clear(&self) {
@@ -351,22 +440,34 @@ impl DaxWindow for Window {
             log::error!("cannot clear a DAX window: {error}");
             return;
         }
-        state.mappings.clear();
+        let before = std::mem::take(&mut state.mappings);
+        state.unreadable.clear();
         state.files.clear();
-        self.repaired.store(false, Ordering::Release);
+        state.changes += 1;
+        self.settle(&mut state);
+        // Closes files, as in `map`.
+        drop(state);
+        drop(before);
     }
 
     fn file_may_have_grown(&self) {
-        if self.repaired.load(Ordering::Acquire)
-            && let Err(error) = self.restore_grown(&mut self.state())
-        {
+        if !self.repaired.load(Ordering::SeqCst) {
+            return;
+        }
+        let _one = self.repairing.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = self.state().files_of(|mapping| mapping.shown < mapping.len);
+        let ends = FileEnds::ask(&files, |file| Ok(page_end(&fstat(file)?)));
+        let mut state = self.state();
+        if let Err(error) = self.restore_grown(&mut state, &ends) {
             log::warn!("cannot map the pages of a file that has grown: {error}");
         }
+        self.note_zeros(&state);
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
+        self.budget.give_back(self.state().drawn);
         // SAFETY: the reservation is `size` bytes at `base` and owned by this value, which nobody can use
         // any more. Whoever made a memory slot of it has taken that away first (`host_address`).
         let result = unsafe { munmap(self.address(0), self.size as usize) };

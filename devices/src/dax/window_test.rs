@@ -1,8 +1,10 @@
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use super::{ALIGNMENT, Window};
+use rustix::fs::fstat;
+
+use super::{ALIGNMENT, Budget, Window, page_end};
 use crate::dax::DaxWindow;
 
 const MIB: u64 = 1 << 20;
@@ -299,4 +301,239 @@ fn random_changes_leave_what_a_simple_model_says() {
         let seen: Vec<_> = (0..PAGES).map(|page| peek(&window, page * 4096)).collect();
         assert_eq!(seen, model);
     }
+}
+
+#[test]
+fn repairs_and_growth_make_no_mappings() {
+    let window = Window::new(2 * ALIGNMENT).unwrap();
+    let file = pages(1);
+    let most = window.most_mappings as u64;
+    let step = 4 * 4096;
+    for at in 0..most {
+        window.map(at * step, step, file.as_fd(), 0, false).unwrap();
+    }
+    for round in 1..4 {
+        window.repair_truncated().unwrap();
+        assert_eq!(window.live_mappings() as u64, most);
+        // Over the zeros: a part of a mapping that is its own, which there is no room for.
+        for at in 0..most {
+            let (offset, len) = (at * step + round * 4096, step - round * 4096);
+            let error = window.map(offset, len, file.as_fd(), 0, false).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+        }
+    }
+    assert_eq!(window.live_mappings() as u64, most);
+}
+
+#[test]
+fn a_file_that_grows_page_by_page_stays_one_mapping_of_two_areas() {
+    let window = Window::new(2 * ALIGNMENT).unwrap();
+    let file = pages(4);
+    window.map(0, ALIGNMENT, file.as_fd(), 0, false).unwrap();
+    file.set_len(0).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    let start = window.host_address() as usize;
+    for page in 1..=400u64 {
+        file.set_len(page * 4096).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, &[page as u8], (page - 1) * 4096).unwrap();
+        window.file_may_have_grown();
+        assert_eq!(peek(&window, (page - 1) * 4096), Some(page as u8));
+    }
+    assert_eq!(window.live_mappings(), 1);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let inside = |line: &&str| {
+        let from = usize::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+        (start..start + ALIGNMENT as usize).contains(&from)
+    };
+    assert_eq!(maps.lines().filter(inside).count(), 2, "{maps}");
+}
+
+#[test]
+fn a_part_of_a_repaired_mapping_keeps_its_zeros_and_gets_its_pages_back() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let file = pages(8);
+    window.map(0, 32768, file.as_fd(), 0, true).unwrap();
+    file.set_len(8192).unwrap();
+    assert_eq!(window.repair_truncated().unwrap(), 1);
+    // Cut in the zeros: what is before has the end of the file in it, what is behind is zeros alone.
+    window.unmap(16384, 4096).unwrap();
+    let seen = |window: &Window| (0..8).map(|page| peek(window, page * 4096)).collect::<Vec<_>>();
+    let zero = Some(0);
+    assert_eq!(seen(&window), [Some(1), Some(2), zero, zero, None, zero, zero, zero]);
+    std::os::unix::fs::FileExt::write_at(&file, &[9; 6 * 4096], 0).unwrap();
+    window.file_may_have_grown();
+    let nine = Some(9);
+    assert_eq!(seen(&window), [nine, nine, nine, nine, None, nine, zero, zero]);
+    assert_eq!(window.live_mappings(), 2);
+}
+
+#[test]
+fn all_windows_of_a_process_draw_from_one_budget() {
+    let budget: &'static Budget = Box::leak(Box::new(Budget::new(3)));
+    let file = pages(4);
+    let one = Window::within(ALIGNMENT, budget).unwrap();
+    let other = Window::within(ALIGNMENT, budget).unwrap();
+    let map = |window: &Window, at: u64| window.map(at * 8192, 4096, file.as_fd(), 0, false);
+    map(&one, 0).unwrap();
+    map(&other, 0).unwrap();
+    map(&other, 1).unwrap();
+    assert_eq!(map(&one, 1).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    assert_eq!(map(&other, 2).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    // The same again needs no more; what is taken away is there for the other.
+    map(&one, 0).unwrap();
+    other.unmap(0, ALIGNMENT).unwrap();
+    map(&one, 1).unwrap();
+    assert_eq!(budget.left(), 1);
+    one.clear();
+    assert_eq!(budget.left(), 3);
+    map(&one, 0).unwrap();
+    drop(one);
+    assert_eq!(budget.left(), 3);
+}
+
+#[test]
+fn a_mapping_that_fails_costs_nothing_of_the_budget() {
+    let budget: &'static Budget = Box::leak(Box::new(Budget::new(3)));
+    let window = Window::within(ALIGNMENT, budget).unwrap();
+    window.map(0, 4096, File::open("/").unwrap().as_fd(), 0, false).unwrap_err();
+    assert_eq!(budget.left(), 3);
+}
+
+#[test]
+fn a_file_of_which_the_host_has_only_errors_has_lost_its_pages_and_the_others_are_repaired() {
+    let window = Window::new(ALIGNMENT).unwrap();
+    let (gone, cut) = (pages(2), pages(3));
+    window.map(0, 8192, gone.as_fd(), 0, false).unwrap();
+    window.map(8192, 12288, cut.as_fd(), 0, false).unwrap();
+    cut.set_len(4096).unwrap();
+    let end_of = |file: &OwnedFd| match page_end(&fstat(file)?) {
+        8192 => Err(std::io::Error::from_raw_os_error(libc::ESTALE)),
+        end => Ok(end),
+    };
+    let before = window.repairs();
+    assert_eq!(window.repair_by(end_of).unwrap(), 2);
+    assert_ne!(window.repairs(), before);
+    let bytes: Vec<_> = (0..5).map(|page| peek(&window, page * 4096).unwrap()).collect();
+    assert_eq!(bytes, [0, 0, 1, 0, 0]);
+    assert_eq!(window.repair_by(end_of).unwrap(), 0);
+    // The server is back.
+    window.file_may_have_grown();
+    assert_eq!((peek(&window, 0), peek(&window, 4096)), (Some(1), Some(2)));
+}
+
+#[test]
+fn a_file_of_large_pages_is_refused_and_leaves_nothing_mapped() {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    let window = Window::new(ALIGNMENT).unwrap();
+    let Ok(large) = memfd_create("large", MemfdFlags::HUGETLB) else {
+        return; // The host has no large pages.
+    };
+    for writable in [false, true] {
+        let error = window.map(0, ALIGNMENT, large.as_fd(), 0, writable).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+    }
+    assert_eq!((window.live_mappings(), window.live_files()), (0, 0));
+    assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains("memfd:large"));
+}
+
+/// Makes every page of a mapping that is in no page cache one that cannot be had: userfaultfd(2) with
+/// `UFFD_FEATURE_SIGBUS`. None where this process may not.
+fn fail_missing_pages(window: &Window, offset: u64, len: u64) -> Option<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    // UFFDIO_API and UFFDIO_REGISTER of linux/userfaultfd.h, and their arguments.
+    const API: libc::c_ulong = 0xc018_aa3f;
+    const REGISTER: libc::c_ulong = 0xc020_aa00;
+    const FEATURE_SIGBUS: u64 = 1 << 7;
+    const MODE_MISSING: u64 = 1;
+    // SAFETY: the faults that it makes are those of the window, which is touched by system calls only.
+    let fd = unsafe { rustix::mm::userfaultfd(rustix::mm::UserfaultfdFlags::CLOEXEC) }.ok()?;
+    let mut api = [0xaa, FEATURE_SIGBUS, 0];
+    let mut register = [window.host_address() as u64 + offset, len, MODE_MISSING, 0];
+    // SAFETY: both arguments are as large as their numbers say.
+    let done = unsafe {
+        libc::ioctl(fd.as_raw_fd(), API, api.as_mut_ptr()) == 0
+            && libc::ioctl(fd.as_raw_fd(), REGISTER, register.as_mut_ptr()) == 0
+    };
+    done.then_some(fd)
+}
+
+#[test]
+fn a_page_that_the_host_cannot_read_is_covered_alone_and_comes_back_when_mapped_anew() {
+    use std::os::unix::fs::FileExt;
+    let budget: &'static Budget = Box::leak(Box::new(Budget::new(8)));
+    let window = Window::within(ALIGNMENT, budget).unwrap();
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = File::from(rustix::fs::memfd_create("holes", flags).unwrap());
+    file.set_len(7 * 4096).unwrap();
+    for page in [0, 1, 2, 4, 6] {
+        file.write_at(&[page as u8 + 1; 4096], page * 4096).unwrap();
+    }
+    window.map(0, 7 * 4096, file.as_fd(), 0, true).unwrap();
+    assert_eq!(window.cover_unreadable().unwrap(), 0);
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    for page in [3, 5] {
+        rustix::fs::fallocate(&file, punch, page * 4096, 4096).unwrap();
+    }
+    let Some(_fd) = fail_missing_pages(&window, 0, 7 * 4096) else {
+        return; // Not allowed to.
+    };
+    assert_eq!((peek(&window, 3 * 4096), peek(&window, 5 * 4096)), (None, None));
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+    let before = window.repairs();
+    assert_eq!(window.cover_unreadable().unwrap(), 2);
+    assert_eq!((window.repairs() - before, budget.left()), (2, 5));
+    assert_eq!(window.cover_unreadable().unwrap(), 0);
+    let bytes: Vec<_> = (0..7).map(|page| peek(&window, page * 4096).unwrap()).collect();
+    assert_eq!(bytes, [1, 2, 3, 0, 5, 0, 7]);
+    // The guest's own, and the pages beside it are still the file's.
+    assert!(poke(&window, 3 * 4096, 8) && poke(&window, 4 * 4096, 9));
+    let mut byte = [0];
+    file.read_at(&mut byte, 4 * 4096).unwrap();
+    assert_eq!(byte, [9]);
+
+    window.map(3 * 4096, 4096, file.as_fd(), 3 * 4096, true).unwrap();
+    file.write_at(&[4], 3 * 4096).unwrap();
+    assert_eq!(peek(&window, 3 * 4096), Some(4));
+    // A page that the file loses is no longer one that cannot be read.
+    file.set_len(4096).unwrap();
+    window.repair_truncated().unwrap();
+    file.write_at(&[6; 4096], 5 * 4096).unwrap();
+    window.file_may_have_grown();
+    assert_eq!(peek(&window, 5 * 4096), Some(6));
+    assert_eq!(budget.left(), 5);
+}
+
+#[test]
+fn a_full_disk_is_told_from_one_with_room() {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen,
+    };
+    let mount = || {
+        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&context, "size", "1m")?;
+        fsconfig_create(&context)?;
+        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+    };
+    let Ok(mount) = mount() else {
+        return; // Not allowed to.
+    };
+    let make = |name: &str| {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDWR | OFlags::CREATE;
+        File::from(rustix::fs::openat(&mount, name, flags, Mode::RUSR | Mode::WUSR).unwrap())
+    };
+    let (sparse, mut fill) = (make("sparse"), make("fill"));
+    sparse.set_len(ALIGNMENT).unwrap();
+    let window = Window::new(ALIGNMENT).unwrap();
+    window.map(0, ALIGNMENT, sparse.as_fd(), 0, true).unwrap();
+    assert_eq!(window.full_file_system(), None);
+    while fill.write_all(&[1; 4096]).is_ok() {}
+    assert!(!poke(&window, 100 * 4096, 1));
+    assert_eq!(window.repair_truncated().unwrap(), 0);
+    let stat = fstat(&sparse).unwrap();
+    assert_eq!(window.full_file_system(), Some((stat.st_dev, stat.st_ino)));
+    fill.set_len(0).unwrap();
+    assert!(poke(&window, 100 * 4096, 1), "it goes on where it was");
+    assert_eq!(window.full_file_system(), None);
 }

@@ -65,7 +65,8 @@ impl Mappings {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes everything away.
+    /// Takes everything away. The file system's nodes are gone already: whoever finds the epoch of after
+    /// this call can open none of them.
     pub(super) fn clear(&self, counters: &Counters) {
         let mut state = self.state();
         state.epoch += 1;
@@ -109,8 +110,10 @@ impl Mappings {
         {
             return Err(Errno::INVAL);
         }
+        // Before the file is opened, see `clear`.
         let epoch = self.state().epoch;
-        // Opening may block (a network file system), so it is done outside the lock.
+        // Opening may block (a network file system), so it is done outside the lock. What is asked of the
+        // host under it is about a file that was just opened: `fstat`, and for a new one a trial `mmap`.
         let file = fs.open_for_mapping(caller, writable)?;
         let mut state = self.state();
         if state.epoch != epoch {

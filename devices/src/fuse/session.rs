@@ -80,10 +80,13 @@ impl Session {
     /// Idempotent.
     pub fn reset(&self) {
         self.begun.store(false, Ordering::Release);
+        // The nodes first. A SETUPMAPPING that saw the session before it ended, and sleeps, then wakes up
+        // to a node id that is never valid again, or has its file open from before and is turned away by
+        // `Mappings::clear`. The other way round it could map the old file into the cleared window.
+        self.fs.clear();
         if let Some(mappings) = &self.mappings {
             mappings.clear(&self.counters);
         }
-        self.fs.clear();
     }
 
     /// What the session did so far.

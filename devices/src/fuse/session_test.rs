@@ -316,3 +316,39 @@ fn counters_name_what_was_asked() {
     }
     assert!(!counters.iter().any(|(name, _)| *name == "RENAME"));
 }
+
+#[test]
+fn no_mapping_outlives_a_second_init() {
+    let guest = std::sync::Arc::new(Guest::new());
+    std::fs::write(guest.path().join("file"), [1; 4096]).unwrap();
+    for _ in 0..20 {
+        let node = guest.node("file");
+        // So that there is something to clear, and time for a request to come between.
+        for _ in 0..400 {
+            guest.fh(node, libc::O_RDONLY);
+        }
+        std::thread::scope(|scope| {
+            for thread in 0..6u64 {
+                let guest = &guest;
+                scope.spawn(
+                    move || {
+                        while guest.setup(node, 0, 4096, 2, thread * 4096).error == 0 {}
+                    },
+                );
+            }
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            assert_eq!(guest.init(7, 40, EVERYTHING).error, 0);
+        });
+        assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
+    }
+}
+
+#[test]
+fn a_node_of_an_ended_session_is_not_mapped_in_the_next() {
+    let guest = Guest::new();
+    std::fs::write(guest.path().join("file"), [1; 4096]).unwrap();
+    let node = guest.node("file");
+    assert_eq!(guest.init(7, 40, EVERYTHING).error, 0);
+    assert_eq!(guest.setup(node, 0, 4096, 2, 0).error, libc::ESTALE);
+    assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
+}

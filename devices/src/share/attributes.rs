@@ -1,21 +1,56 @@
 //! Attributes: what a file says of itself, and SETATTR.
 
+use std::collections::HashMap;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::sync::{PoisonError, RwLock};
+
 use rustix::fs::{
-    AtFlags, Gid, Mode, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmodat, chownat,
-    ftruncate, utimensat,
+    AtFlags, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmodat,
+    chownat, fstatfs, ftruncate, openat, utimensat,
 };
 
 use super::identity::WithoutFsetid;
 use super::inode::Inode;
 use super::{DaxPolicy, ITSELF, Share, host};
-use crate::fuse::abi::{self, ATTR_DAX, Attr, AttrOut, SetattrIn, SetattrValid, StatxOut, SxTime};
+use crate::fuse::abi::{
+    self, ATTR_DAX, Attr, AttrOut, ROOT_ID, SetattrIn, SetattrValid, StatxOut, SxTime,
+};
 use crate::fuse::{Caller, Errno, Result};
+
+/// `OVERLAYFS_SUPER_MAGIC` of linux/magic.h.
+const OVERLAYFS: u32 = 0x794c_7630;
+
+/// Which mounts are of overlayfs, by device and mount: asked of the host once for each, not at every LOOKUP.
+/// Mounts are the same for all shares of the process.
+static OVERLAYS: RwLock<Option<HashMap<MountKey, bool>>> = RwLock::new(None);
+
+type MountKey = (u32, u32, u64);
+
+/// So many mounts are remembered; then it starts anew. Far more than a host has in a shared directory.
+const MOST_MOUNTS: usize = 4096;
+
+/// Whether a file is on overlayfs.
+pub(super) fn is_on_overlay(file: impl AsFd) -> bool {
+    fstatfs(file).is_ok_and(|stat| stat.f_type as u32 == OVERLAYFS)
+}
+
+/// Whether a mount is of overlayfs, from the text of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): the
+/// first field is the number of the mount, the one after the lone hyphen is the type.
+pub(super) fn is_overlay_in(mountinfo: &str, mount: u64) -> bool {
+    mountinfo.lines().any(|line| {
+        let mut fields = line.split(' ');
+        fields.next().and_then(|number| number.parse().ok()) == Some(mount)
+            && fields.skip_while(|field| *field != "-").nth(1) == Some("overlay")
+    })
+}
 
 impl Share {
     /// Whether a file is to be mapped through the window: the one place that decides, so that LOOKUP,
     /// GETATTR, SETATTR, READDIRPLUS and CREATE say the same. (A guest drops what it knows of a file when
     /// the answer changes.)
-    pub(super) fn is_dax(&self, mode: u32) -> bool {
+    pub(super) fn is_dax(&self, stat: &Statx) -> bool {
+        let mode = u32::from(stat.stx_mode);
         if mode & libc::S_IFMT != libc::S_IFREG {
             return false;
         }
@@ -24,8 +59,51 @@ impl Share {
             DaxPolicy::Always => true,
             // A write through the window reaches the host as a page fault, by which no kernel clears suid
             // and sgid. Such files are written by WRITE.
-            DaxPolicy::Inode => mode & (libc::S_ISUID | libc::S_ISGID) == 0,
+            //
+            // On overlayfs the first write to a file of a lower layer, also by a process of the host,
+            // replaces it by a copy of the same device and inode number, and what is mapped goes on to show
+            // the old one.
+            DaxPolicy::Inode => {
+                mode & (libc::S_ISUID | libc::S_ISGID) == 0 && !self.is_on_overlay_mount(stat)
+            }
         }
+    }
+
+    fn is_on_overlay_mount(&self, stat: &Statx) -> bool {
+        let key = (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_mnt_id);
+        let known = OVERLAYS.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = known.as_ref().and_then(|mounts| mounts.get(&key)) {
+            return *answer;
+        }
+        drop(known);
+        let answer = self.ask_for_overlay(stat.stx_mnt_id);
+        let mut known = OVERLAYS.write().unwrap_or_else(PoisonError::into_inner);
+        let mounts = known.get_or_insert_default();
+        if mounts.len() >= MOST_MOUNTS {
+            mounts.clear();
+        }
+        mounts.insert(key, answer);
+        answer
+    }
+
+    /// Asks the host: the mount of the share's root by the root, others by their number. Attributes do not
+    /// come with a descriptor.
+    fn ask_for_overlay(&self, mount: u64) -> bool {
+        let Ok(root) = self.inodes.get(ROOT_ID) else {
+            return false;
+        };
+        if host::stat(&*root).is_ok_and(|root| root.stx_mnt_id == mount) {
+            return is_on_overlay(&*root);
+        }
+        // Through /proc/self/fd, which may be the only way to /proc.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let mountinfo = self
+            .host
+            .by_path(&*root, |proc_fd, _| openat(proc_fd, c"../mountinfo", flags, Mode::empty()));
+        let mut text = Vec::new();
+        let read =
+            mountinfo.is_ok_and(|file| std::fs::File::from(file).read_to_end(&mut text).is_ok());
+        read && is_overlay_in(&String::from_utf8_lossy(&text), mount)
     }
 
     /// The attributes as FUSE has them. `flags` is what comes on top of [`ATTR_DAX`].
@@ -48,7 +126,7 @@ impl Share {
             gid: stat.stx_gid,
             rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
             blksize: stat.stx_blksize,
-            flags: flags | if self.is_dax(mode) { ATTR_DAX } else { 0 },
+            flags: flags | if self.is_dax(stat) { ATTR_DAX } else { 0 },
         }
     }
 

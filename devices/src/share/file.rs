@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek};
 
+use super::attributes::is_on_overlay;
 use super::identity::WithoutFsetid;
 use super::{CachePolicy, Share};
 use crate::fuse::abi::{
@@ -247,6 +248,13 @@ impl Share {
         Ok((flags.bits() as u32).to_ne_bytes().to_vec())
     }
 
+    /// Opens a file for SETUPMAPPING.
+    ///
+    /// On overlayfs a file that is open for reading may be one of a lower layer. The guest's next write
+    /// would replace it by a copy, which a mapping of the old one never shows. So where the guest may write,
+    /// the file is opened for writing, which makes the copy now. What remains is a file that the VMM may not
+    /// open for writing, and a read-only share, when a process of the host writes: mappings that are there
+    /// show the old data until the guest maps the range again.
     pub(super) fn open_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd> {
         let inode = self.inodes.get(caller.nodeid)?;
         if !inode.is_regular() {
@@ -254,8 +262,14 @@ impl Share {
         }
         if writable {
             self.check_writable()?;
+            return self.host.reopen(&*inode, OFlags::RDWR);
         }
-        let flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
-        self.host.reopen(&*inode, flags)
+        if !self.options.read_only
+            && is_on_overlay(&*inode)
+            && let Ok(file) = self.host.reopen(&*inode, OFlags::RDWR)
+        {
+            return Ok(file);
+        }
+        self.host.reopen(&*inode, OFlags::RDONLY)
     }
 }

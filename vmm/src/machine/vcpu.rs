@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use devices::bus::Bus;
@@ -18,8 +18,16 @@ const KICK_INTERVAL: Duration = Duration::from_millis(5);
 /// After this many kicks a thread is left behind: it hangs in a system call of the host.
 const KICKS: u32 = 400;
 
-/// How many faults in a row that left nothing to repair a vCPU may have.
-const FORGIVEN_FAULTS: u32 = 1;
+/// How many faults in a row that nothing explains a vCPU may have. A file may have grown again before anyone
+/// looked.
+const FORGIVEN_FAULTS: u32 = 3;
+/// Faults that are further apart than this are not in a row: the guest ran in between, although it may have
+/// had no exit. Longer than [`RETRY_INTERVAL`].
+const FAULTS_IN_A_ROW: Duration = Duration::from_secs(3);
+/// How long a vCPU that found no room on a disk waits before it tries again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How long it goes on so. Time for somebody to make room.
+const FULL_DISK_PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the exits of all vCPUs are served by.
 pub struct Exits {
@@ -69,8 +77,17 @@ pub fn stop(exits: &Exits, threads: Vec<JoinHandle<()>>) {
     }
 }
 
+/// The faults of one vCPU that nothing was found to explain.
+#[derive(Default)]
+struct Faults {
+    in_a_row: u32,
+    last: Option<Instant>,
+    /// Since when it waits for room on a disk.
+    waits_since: Option<Instant>,
+}
+
 fn run(mut vcpu: VcpuFd, exits: &Exits) {
-    let mut faults = 0;
+    let mut faults = Faults::default();
     while !exits.stopping.load(Ordering::SeqCst) {
         if let Err(reason) = step(&mut vcpu, exits, &mut faults) {
             (exits.stop)(reason);
@@ -79,12 +96,18 @@ fn run(mut vcpu: VcpuFd, exits: &Exits) {
     }
 }
 
+/// Goes up with everything that is repaired in any window.
+fn repairs(exits: &Exits) -> u64 {
+    exits.windows.iter().fold(0, |sum, window| sum.wrapping_add(window.repairs()))
+}
+
 /// Runs the guest up to one exit and serves it.
-fn step(vcpu: &mut VcpuFd, exits: &Exits, faults: &mut u32) -> Result<(), StopReason> {
+fn step(vcpu: &mut VcpuFd, exits: &Exits, faults: &mut Faults) -> Result<(), StopReason> {
     let crashed = |what: String| Err(StopReason::Crashed(what));
+    let entered = repairs(exits);
     let exit = vcpu.run();
-    if exit.is_ok() {
-        *faults = 0;
+    if !matches!(exit, Err(_) | Ok(VcpuExit::MemoryFault { .. } | VcpuExit::Intr)) {
+        *faults = Faults::default();
     }
     match exit {
         Ok(VcpuExit::IoOut(port, data)) => {
@@ -108,6 +131,8 @@ fn step(vcpu: &mut VcpuFd, exits: &Exits, faults: &mut u32) -> Result<(), StopRe
         }
         // A triple fault is how a PC resets when nothing else is left.
         Ok(VcpuExit::Shutdown) => Err(StopReason::Reset),
+        // EFAULT, from a kernel that says more of it.
+        Ok(VcpuExit::MemoryFault { .. }) => repair(exits, faults, entered),
         Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Ok(()),
         Ok(VcpuExit::InternalError) => {
             crashed("KVM cannot emulate an instruction of the guest".into())
@@ -118,36 +143,153 @@ fn step(vcpu: &mut VcpuFd, exits: &Exits, faults: &mut u32) -> Result<(), StopRe
         Ok(other) => crashed(format!("unexpected exit {other:?}")),
         Err(error) => match error.errno() {
             libc::EINTR | libc::EAGAIN => Ok(()),
-            libc::EFAULT => repair(exits, faults),
+            libc::EFAULT => repair(exits, faults, entered),
             _ => crashed(format!("KVM_RUN: {error}")),
         },
     }
 }
 
-/// A page behind a guest address could not be had. If that is because a mapped file shrank, there are zeros
-/// now where the file ended, and the guest goes on. `faults` counts the times in a row that nothing was
-/// found to repair: another vCPU may have repaired the same fault a moment ago, so one is forgiven.
-fn repair(exits: &Exits, faults: &mut u32) -> Result<(), StopReason> {
+/// A page behind a guest address could not be had by a vCPU that entered the guest when [`repairs`] said
+/// `entered`. If that is because a mapped file shrank or cannot be read, there are zeros now in its place,
+/// and the guest goes on. If a disk is full, it waits.
+///
+/// # Errors
+///
+/// What the guest stops for: a fault, again and again, that nothing explains, and no room for too long.
+fn repair(exits: &Exits, faults: &mut Faults, entered: u64) -> Result<(), StopReason> {
+    let failed = |error| StopReason::Crashed(format!("DAX window: {error}"));
+    if faults.last.is_some_and(|last| last.elapsed() > FAULTS_IN_A_ROW) {
+        *faults = Faults::default();
+    }
     let mut repaired = 0;
     for window in &exits.windows {
-        match window.repair_truncated() {
-            Ok(ranges) => repaired += ranges,
-            Err(error) => return Err(StopReason::Crashed(format!("DAX window: {error}"))),
-        }
+        repaired += window.repair_truncated().map_err(failed)?;
     }
     if repaired > 0 {
-        *faults = 0;
         log::warn!("a file shrank under {repaired} DAX mappings; the guest reads zeros there");
+    }
+    // Also when another vCPU repaired it since.
+    if repaired > 0 || repairs(exits) != entered {
+        *faults = Faults::default();
         return Ok(());
     }
-    *faults += 1;
-    if *faults > FORGIVEN_FAULTS {
-        let what = "the guest touched memory that the host does not have";
-        return Err(StopReason::Crashed(what.into()));
+    // Not at every try while it waits: it reads all that is mapped.
+    if faults.waits_since.is_none() {
+        for window in &exits.windows {
+            repaired += window.cover_unreadable().map_err(failed)?;
+        }
+        if repaired > 0 {
+            return Ok(());
+        }
+    }
+    let waited = match exits.windows.iter().find_map(|window| window.full_file_system()) {
+        Some(file) => wait_for_room(exits, faults, file),
+        None => {
+            faults.in_a_row += 1;
+            if faults.in_a_row > FORGIVEN_FAULTS {
+                let what = "the guest touched memory that the host does not have";
+                return Err(StopReason::Crashed(what.into()));
+            }
+            Ok(())
+        }
+    };
+    faults.last = Some(Instant::now());
+    waited
+}
+
+/// The guest most likely wrote to a hole of a sparse file on a full disk. There is no page for it, and
+/// whatever stood in its place would lose what it writes: so the vCPU tries again until there is room.
+fn wait_for_room(
+    exits: &Exits,
+    faults: &mut Faults,
+    (device, inode): (u64, u64),
+) -> Result<(), StopReason> {
+    let since = *faults.waits_since.get_or_insert_with(|| {
+        log::error!(
+            "a disk of the host is full, and the guest writes to a file there (device {device:#x}, \
+             inode {inode}): it waits for room, at most {} seconds",
+            FULL_DISK_PATIENCE.as_secs()
+        );
+        Instant::now()
+    });
+    if since.elapsed() > FULL_DISK_PATIENCE {
+        let what = format!(
+            "the disk is full under a file that the guest writes to (device {device:#x}, inode {inode})"
+        );
+        return Err(StopReason::Crashed(what));
+    }
+    let until = Instant::now() + RETRY_INTERVAL;
+    while Instant::now() < until && !exits.stopping.load(Ordering::SeqCst) {
+        std::thread::sleep(KICK_INTERVAL);
     }
     Ok(())
 }
 
 fn is_register_width(len: usize) -> bool {
     matches!(len, 1 | 2 | 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use devices::dax::DaxWindow;
+
+    use super::*;
+
+    fn exits(window: &Arc<Window>) -> Exits {
+        Exits {
+            ports: Bus::default(),
+            mmio: Bus::default(),
+            windows: vec![window.clone()],
+            stop: Box::new(|_| {}),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    #[test]
+    fn a_fault_that_another_vcpu_repaired_does_not_count() {
+        let window = Arc::new(Window::new(2 << 20).unwrap());
+        let exits = exits(&window);
+        let file = tempfile::tempfile().unwrap();
+        window.map(0, 4096, file.as_fd(), 0, false).unwrap();
+        let entered = repairs(&exits);
+        let mut faults = Faults::default();
+        // This one repairs, and the others come after it.
+        for _ in 0..20 {
+            assert!(repair(&exits, &mut faults, entered).is_ok());
+        }
+        assert_eq!(faults.in_a_row, 0);
+    }
+
+    #[test]
+    fn a_fault_that_nothing_explains_ends_the_guest_after_a_few_times_in_a_row() {
+        let window = Arc::new(Window::new(2 << 20).unwrap());
+        let exits = exits(&window);
+        let mut faults = Faults::default();
+        let fault = |faults: &mut Faults| repair(&exits, faults, repairs(&exits));
+        for _ in 0..FORGIVEN_FAULTS {
+            assert!(fault(&mut faults).is_ok());
+        }
+        // The guest ran for a while, with no exit.
+        faults.last = Instant::now().checked_sub(2 * FAULTS_IN_A_ROW);
+        for _ in 0..FORGIVEN_FAULTS {
+            assert!(fault(&mut faults).is_ok());
+        }
+        assert!(matches!(fault(&mut faults), Err(StopReason::Crashed(_))));
+    }
+
+    #[test]
+    fn a_vcpu_waits_for_room_on_a_full_disk_and_not_for_ever() {
+        let window = Arc::new(Window::new(2 << 20).unwrap());
+        let exits = exits(&window);
+        exits.stopping.store(true, Ordering::SeqCst);
+        let mut faults = Faults::default();
+        assert!(wait_for_room(&exits, &mut faults, (1, 2)).is_ok());
+        faults.waits_since = Instant::now().checked_sub(2 * FULL_DISK_PATIENCE);
+        let Err(StopReason::Crashed(what)) = wait_for_room(&exits, &mut faults, (1, 2)) else {
+            panic!("waits for ever");
+        };
+        assert!(what.contains("disk is full"), "{what}");
+    }
 }

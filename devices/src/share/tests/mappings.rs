@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::dax::{DaxWindow, Window};
+use crate::share::DaxPolicy;
 
 const READ: u64 = SETUPMAPPING_READ;
 const BOTH: u64 = SETUPMAPPING_READ | SETUPMAPPING_WRITE;
@@ -178,4 +179,113 @@ fn mapping_and_removing_at_once_ends_with_an_empty_window() {
     guest.session.reset();
     assert_eq!(window(&guest).live_mappings(), 0);
     assert!((0..8).all(|page| peek(&guest, page * 4096).is_none()));
+}
+
+/// An overlay of a lower directory and an empty upper one, mounted nowhere. None where this process may not
+/// or the host's file system cannot.
+struct Overlay {
+    mount: std::os::fd::OwnedFd,
+    layers: tempfile::TempDir,
+}
+
+impl Overlay {
+    fn new(data: &[u8]) -> Option<Self> {
+        use rustix::mount::{
+            FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string,
+            fsmount, fsopen,
+        };
+        let layers = tempfile::tempdir().unwrap();
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).ok()?;
+        for (option, name) in [("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work")] {
+            let path = layers.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            fsconfig_set_string(&context, option, &*path).ok()?;
+        }
+        std::fs::write(layers.path().join("lower/file"), data).unwrap();
+        fsconfig_create(&context).ok()?;
+        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+        let mount = fsmount(&context, flags, MountAttrFlags::empty()).ok()?;
+        Some(Self { mount, layers })
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.mount)).into()
+    }
+
+    fn is_copied_up(&self) -> bool {
+        self.layers.path().join("upper/file").exists()
+    }
+}
+
+fn flags_of(attr: &Attr) -> u32 {
+    attr.flags & ATTR_DAX
+}
+
+#[test]
+fn on_overlayfs_no_file_is_marked_for_dax_and_every_answer_says_so() {
+    let Some(overlay) = Overlay::new(&[1; 4096]) else { return };
+    for (policy, expected) in [(DaxPolicy::Inode, 0), (DaxPolicy::Always, ATTR_DAX)] {
+        let guest = Guest::with(|options| {
+            options.directory = overlay.path();
+            options.dax = policy;
+        });
+        let entry: EntryOut = guest.lookup(ROOT_ID, "file").get();
+        assert_eq!(flags_of(&entry.attr), expected, "LOOKUP");
+        assert_eq!(flags_of(&guest.getattr(entry.nodeid).get::<AttrOut>().attr), expected);
+        let made: EntryOut = mknod(&guest, "made", libc::S_IFREG | 0o600, 0).get();
+        assert_eq!(flags_of(&made.attr), expected, "MKNOD");
+        std::fs::remove_file(overlay.path().join("made")).unwrap();
+    }
+    let guest = Guest::with(|options| options.dax = DaxPolicy::Inode);
+    std::fs::write(guest.path().join("file"), "x").unwrap();
+    let entry: EntryOut = guest.lookup(ROOT_ID, "file").get();
+    assert_eq!(flags_of(&entry.attr), ATTR_DAX, "elsewhere");
+}
+
+#[test]
+fn a_mapping_of_a_lower_file_of_overlayfs_shows_what_is_written_afterwards() {
+    let Some(overlay) = Overlay::new(&[1; 8192]) else { return };
+    let guest = Guest::with(|options| {
+        options.directory = overlay.path();
+        options.dax = DaxPolicy::Always;
+    });
+    let node = guest.node("file");
+    guest.setup(node, 0, RANGE, READ, 0).ok();
+    assert!(overlay.is_copied_up());
+    let fh = guest.fh(node, libc::O_RDWR);
+    assert_eq!(guest.write(node, fh, 10, &[9; 20]).error, 0);
+    assert_eq!((peek(&guest, 9), peek(&guest, 10)), (Some(1), Some(9)));
+    assert!(!poke(&guest, 0, 5), "the mapping is read-only all the same");
+}
+
+#[test]
+fn a_read_only_share_of_overlayfs_copies_nothing_up_and_a_new_mapping_shows_the_hosts_copy() {
+    let Some(overlay) = Overlay::new(&[1; 8192]) else { return };
+    let guest = Guest::with(|options| {
+        options.directory = overlay.path();
+        options.dax = DaxPolicy::Always;
+        options.read_only = true;
+    });
+    let node = guest.node("file");
+    guest.setup(node, 0, 4096, READ, 0).ok();
+    guest.setup(node, 4096, 4096, READ, 4096).ok();
+    assert!(!overlay.is_copied_up());
+    assert_eq!(window(&guest).live_files(), 1);
+    std::fs::write(overlay.path().join("file"), [7; 8192]).unwrap();
+    assert!(overlay.is_copied_up());
+    assert_eq!(peek(&guest, 0), Some(1), "the old file, as documented");
+    guest.setup(node, 0, 4096, READ, 0).ok();
+    assert_eq!((peek(&guest, 0), peek(&guest, 4096)), (Some(7), Some(1)));
+}
+
+#[test]
+fn the_table_of_mounts_says_which_are_of_overlayfs() {
+    let table = "22 1 0:21 / /proc rw,relatime shared:5 - proc proc rw\n\
+                 40 22 0:30 / /with\\040space rw shared:9 master:2 - overlay none rw,lowerdir=/a\n\
+                 41 22 0:31 / /plain rw - overlay - rw\n\
+                 4 22 8:1 / /overlay rw - ext4 /dev/sda rw\n\
+                 nonsense";
+    let overlays: Vec<u64> =
+        (0..50).filter(|mount| crate::share::attributes::is_overlay_in(table, *mount)).collect();
+    assert_eq!(overlays, [40, 41]);
 }
