@@ -58,6 +58,7 @@ fn a_file_that_shrinks_while_it_is_mapped_costs_no_more_than_a_process() {
     tree.write("shared", &vec![7; 4 * MIB]);
     let mut guest = Oriel::run(&["-i", "-v", &tree.at("/s", "dax=always,cache=never")])
         .guest(&["/s/guest-probe", "map", "/s/shared"])
+        .timeout(std::time::Duration::from_secs(45))
         .start();
     assert_eq!(guest.hear(), format!("mapped {}", 4 * MIB));
     for page in [0, 100_000, 3 * MIB] {
