@@ -165,11 +165,32 @@ impl Window {
     ///
     /// The errno of `mmap`; what was repaired before stays so.
     pub fn repair_truncated(&self) -> io::Result<usize> {
-        self.repair_by(|file| Ok(page_end(&fstat(file)?)))
+        self.repair_by(true, |file| Ok(page_end(&fstat(file)?)))
     }
 
-    /// The same, with the ends of files from `end_of`.
-    fn repair_by(&self, end_of: impl Fn(&OwnedFd) -> io::Result<u64>) -> io::Result<usize> {
+    /// Does the same for files that are shorter than when they were mapped, and leaves the others alone.
+    ///
+    /// For whoever looks after the window from time to time: a vCPU that touches a page that is gone need
+    /// not come back from `KVM_RUN` with an error. Where KVM may wait for a page asynchronously it takes
+    /// the fault for a page that is not there yet, and tries again without end.
+    ///
+    /// # Errors
+    ///
+    /// As [`repair_truncated`](Self::repair_truncated).
+    pub fn cover_shrunk(&self) -> io::Result<usize> {
+        if self.live_mappings() == 0 {
+            return Ok(0);
+        }
+        self.repair_by(false, |file| Ok(page_end(&fstat(file)?)))
+    }
+
+    /// Repairs with the ends of files from `end_of`. `all`: also what was past the end of its file from the
+    /// start, if nothing else is found.
+    fn repair_by(
+        &self,
+        all: bool,
+        end_of: impl Fn(&OwnedFd) -> io::Result<u64>,
+    ) -> io::Result<usize> {
         let _one = self.repairing.lock().unwrap_or_else(PoisonError::into_inner);
         // Before anything is asked: who makes a file longer from now on comes and looks.
         self.repaired.store(true, Ordering::SeqCst);
@@ -181,7 +202,7 @@ impl Window {
         // to the sizes it was told does not touch them.
         let mut repaired = self.restore_grown(&mut state, &ends)?;
         repaired += self.cover_lost(&mut state, &ends, false)?;
-        if repaired == 0 {
+        if repaired == 0 && all {
             repaired = self.cover_lost(&mut state, &ends, true)?;
         }
         self.note_zeros(&state);

@@ -411,11 +411,11 @@ fn a_file_of_which_the_host_has_only_errors_has_lost_its_pages_and_the_others_ar
         end => Ok(end),
     };
     let before = window.repairs();
-    assert_eq!(window.repair_by(end_of).unwrap(), 2);
+    assert_eq!(window.repair_by(true, end_of).unwrap(), 2);
     assert_ne!(window.repairs(), before);
     let bytes: Vec<_> = (0..5).map(|page| peek(&window, page * 4096).unwrap()).collect();
     assert_eq!(bytes, [0, 0, 1, 0, 0]);
-    assert_eq!(window.repair_by(end_of).unwrap(), 0);
+    assert_eq!(window.repair_by(true, end_of).unwrap(), 0);
     // The server is back.
     window.file_may_have_grown();
     assert_eq!((peek(&window, 0), peek(&window, 4096)), (Some(1), Some(2)));
@@ -536,4 +536,19 @@ fn a_full_disk_is_told_from_one_with_room() {
     fill.set_len(0).unwrap();
     assert!(poke(&window, 100 * 4096, 1), "it goes on where it was");
     assert_eq!(window.full_file_system(), None);
+}
+
+#[test]
+fn looking_after_a_window_covers_what_shrank_and_nothing_else() {
+    let window = Window::new(2 << 20).unwrap();
+    assert_eq!(window.cover_shrunk().unwrap(), 0);
+    let [short, long] = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+    short.set_len(4096).unwrap();
+    long.set_len(8192).unwrap();
+    window.map(0, 8192, short.as_fd(), 0, true).unwrap();
+    window.map(8192, 8192, long.as_fd(), 0, true).unwrap();
+    assert_eq!(window.cover_shrunk().unwrap(), 0, "one has always been short");
+    long.set_len(4096).unwrap();
+    assert_eq!(window.cover_shrunk().unwrap(), 1);
+    assert_eq!(window.cover_shrunk().unwrap(), 0);
 }

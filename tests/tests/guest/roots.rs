@@ -109,8 +109,7 @@ fn the_hosts_own_userland_runs_in_a_guest() {
         echo "maps=$(grep -c libc.so /proc/self/maps)"
         [ -x /usr/bin/python3 ] && echo "python=$(python3 -c 'print(6 * 7)')" || echo python=42
     "#;
-    let outcome =
-        Oriel::run(&["--root", "/:overlay", "--cpus", "2", "-u", "0:0"]).script(script).finish();
+    let outcome = Oriel::run(&["--root", "/:overlay", "-u", "0:0"]).script(script).finish();
     outcome.exits_with(0).guest_says(&[
         ("env", "A=b", "a dynamically linked program of the host"),
         ("written", "yes", "the guest may write"),

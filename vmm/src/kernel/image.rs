@@ -14,6 +14,7 @@ use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{Cmdline, KernelLoader, load_cmdline};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
+use super::unpack::payload;
 use crate::machine::layout;
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
@@ -107,6 +108,7 @@ impl KernelFile {
         let flags = word(XLOADFLAGS_OFFSET).unwrap_or(0);
         let has_flags = word(VERSION_OFFSET).is_some_and(|version| version >= VERSION_XLOADFLAGS);
         ensure!(has_flags && flags & XLF_KERNEL_64 != 0, "it is a bzImage without a 64-bit entry");
+        ensure!(payload(bytes).is_some(), "it is a bzImage whose end is missing");
         Ok(Format::BzImage)
     }
 }
@@ -253,7 +255,7 @@ mod tests {
     use super::*;
 
     fn bzimage(flags: u16) -> Vec<u8> {
-        let mut bytes = vec![0; 0x400];
+        let mut bytes = vec![0; 0x1000];
         bytes[HEADER_MAGIC_OFFSET..][..4].copy_from_slice(HEADER_MAGIC);
         bytes[VERSION_OFFSET..][..2].copy_from_slice(&0x20fu16.to_le_bytes());
         bytes[XLOADFLAGS_OFFSET..][..2].copy_from_slice(&flags.to_le_bytes());
@@ -264,6 +266,7 @@ mod tests {
     fn kernels_are_told_from_other_files() {
         assert_eq!(KernelFile::detect(&bzimage(1)).unwrap(), Format::BzImage);
         assert!(KernelFile::detect(&bzimage(0)).is_err());
+        assert!(KernelFile::detect(&bzimage(1)[..0x800]).is_err(), "cut off");
         assert!(KernelFile::detect(b"#!/bin/sh\n").is_err());
         assert!(KernelFile::detect(b"").is_err());
         let mut elf = vec![0; 64 + 56];

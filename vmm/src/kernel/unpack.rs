@@ -113,7 +113,8 @@ fn unpack(image: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn payload(image: &[u8]) -> Option<&[u8]> {
+/// The packed kernel in a bzImage; `None` when the file ends before it does.
+pub(super) fn payload(image: &[u8]) -> Option<&[u8]> {
     let word = |at: usize| {
         let bytes = image.get(at..at.checked_add(4)?)?;
         usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()

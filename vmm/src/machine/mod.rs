@@ -179,6 +179,7 @@ impl Machine {
             registers::set_boot_state(boot, &memory, entry)?;
         }
         let exits = Arc::new(self.exits()?);
+        vcpu::watch_windows(exits.clone())?;
         // From the first thread on, dropping the machine stops them.
         let (_, threads) = self.running.insert((exits.clone(), Vec::new()));
         for (id, vcpu) in (0..).zip(vcpus) {
