@@ -28,7 +28,11 @@ build: tools ## build oriel and oriel-init (release, static) in target/x86_64-un
 kernel: ## fetch the distribution's kernel for guests, and a busybox
 	kernel-config/fetch
 
+# The kernel is unpacked once, here, where the result can be kept: the emulated machine cannot write to this one.
+unpack = @$(release)/oriel check >/dev/null || true
+
 demo: build kernel ## share a directory with a guest and look at it from both sides
+	$(unpack)
 	WITH_KVM_CPUS=1 tests/with-kvm tests/demo
 
 test: lint unit integration ## everything a change must pass
@@ -43,6 +47,7 @@ unit: tools ## the tests that need no virtual machine
 	cargo test -j$(jobs) -p devices -p oriel -p oriel-init
 
 integration: build kernel ## the tests that boot guests: here if this machine can, else in an emulated one
+	$(unpack)
 	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration -- --test-threads=$(threads) --skip two_cpus
 	$(in_kvm) WITH_KVM_CPUS=2 cargo test -j$(jobs) -p integration -- --test-threads=$(threads) two_cpus
 
