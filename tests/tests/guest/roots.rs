@@ -82,6 +82,9 @@ fn an_overlay_keeps_writes_in_the_guest() {
         mkdir /new && echo x >/new/file && echo "new=$(cat /new/file)"
         busybox mv /bin/touch /bin/moved && echo "moved=$(ls /bin/moved)"
         echo "root=$(grep ' / ' /proc/mounts)"
+        mkdir /under && busybox mount -t virtiofs root /under
+        busybox mount -o remount,rw /under 2>/dev/null
+        (echo changed >/under/kept) 2>/dev/null || echo "under=refused"
     "#;
     let outcome =
         Oriel::run(&["--root", &format!("{}:overlay", root.text())]).script(script).finish();
@@ -90,6 +93,7 @@ fn an_overlay_keeps_writes_in_the_guest() {
         ("removed", "yes", "the guest sees its removal"),
         ("new", "x", "the guest sees its file"),
         ("moved", "/bin/moved", "the guest sees its rename"),
+        ("under", "refused", "the host refuses a write that goes around the overlay"),
     ]);
     outcome.check(outcome.value("root").contains("overlay"), "the root is an overlay");
     assert_eq!(root.read("kept"), b"as it was", "the host's file is as it was");
@@ -107,6 +111,8 @@ fn the_hosts_own_userland_runs_in_a_guest() {
         echo "bash=$(/bin/bash -c 'echo $BASH_VERSION')"
         echo x >/etc/oriel-test-file && echo "written=yes"
         echo "maps=$(grep -c libc.so /proc/self/maps)"
+        mkdir /under && mount -t virtiofs root /under
+        cat /under/proc/self/environ >/dev/null 2>&1 || echo "proc=closed"
         [ -x /usr/bin/python3 ] && echo "python=$(python3 -c 'print(6 * 7)')" || echo python=42
     "#;
     let outcome = Oriel::run(&["--root", "/:overlay", "-u", "0:0"]).script(script).finish();
@@ -114,6 +120,7 @@ fn the_hosts_own_userland_runs_in_a_guest() {
         ("env", "A=b", "a dynamically linked program of the host"),
         ("written", "yes", "the guest may write"),
         ("python", "42", "python, where the host has it"),
+        ("proc", "closed", "the host's processes are not the guest's to read"),
     ]);
     let output =
         std::process::Command::new("sh").args(["-c", "sha256sum </etc/os-release"]).output();
