@@ -80,6 +80,15 @@ pub trait VirtioDevice: Send + Sync {
     fn reset(&self);
 }
 
+/// Reads a device configuration (4.1.4.6) of which `config` is all: copies the bytes at `offset`, and leaves
+/// alone what is past the end.
+fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+    for (target, byte) in data.iter_mut().zip(config.iter().skip(offset)) {
+        *target = *byte;
+    }
+}
+
 /// A stretch of memory that a device shares with its driver, behind a BAR of its own.
 #[derive(Clone)]
 pub struct SharedMemory {

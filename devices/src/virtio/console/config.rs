@@ -56,10 +56,7 @@ impl Config {
 
     /// Copies the bytes at `offset`; leaves alone what is past the end.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (target, byte) in data.iter_mut().zip(self.bytes.iter().skip(offset)) {
-            *target = *byte;
-        }
+        crate::virtio::read_config_bytes(&self.bytes, offset, data);
     }
 }
 
