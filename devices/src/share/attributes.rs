@@ -92,14 +92,17 @@ impl Share {
         let Ok(root) = self.inodes.get(ROOT_ID) else {
             return false;
         };
-        if host::stat(&*root).is_ok_and(|root| root.stx_mnt_id == mount) {
-            return is_on_overlay(&*root);
+        let Ok(root) = self.file(&root) else {
+            return false;
+        };
+        if host::stat(&root).is_ok_and(|root| root.stx_mnt_id == mount) {
+            return is_on_overlay(&root);
         }
         // Through /proc/self/fd, which may be the only way to /proc.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let mountinfo = self
             .host
-            .by_path(&*root, |proc_fd, _| openat(proc_fd, c"../mountinfo", flags, Mode::empty()));
+            .by_path(&root, |proc_fd, _| openat(proc_fd, c"../mountinfo", flags, Mode::empty()));
         let mut text = Vec::new();
         let read =
             mountinfo.is_ok_and(|file| std::fs::File::from(file).read_to_end(&mut text).is_ok());
@@ -130,13 +133,13 @@ impl Share {
         }
     }
 
-    fn attr_out(&self, inode: &Inode) -> Result<AttrOut> {
+    fn attr_out(&self, file: impl AsFd) -> Result<AttrOut> {
         let timeout = self.options.timeout();
         Ok(AttrOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
-            attr: self.attr(&host::stat(inode)?, 0),
+            attr: self.attr(&host::stat(file)?, 0),
         })
     }
 
@@ -150,14 +153,14 @@ impl Share {
     }
 
     pub(super) fn get_attributes(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
-        self.attr_out(&*self.node(caller, fh)?)
+        self.attr_out(self.file(&self.node(caller, fh)?)?)
     }
 
     /// STATX: attributes and the birth time. The mask of the request is a wish; all that the host has is
     /// answered.
     pub(super) fn get_statx(&self, caller: Caller, fh: Option<u64>) -> Result<StatxOut> {
         let inode = self.node(caller, fh)?;
-        let stat = host::stat(&*inode)?;
+        let stat = host::stat(self.file(&inode)?)?;
         let timeout = self.options.timeout();
         // STATX_BASIC_STATS and STATX_BTIME, the fields that fuse_statx has.
         let known = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
@@ -211,9 +214,10 @@ impl Share {
             }
         }
 
+        let file = self.file(&inode)?;
         // The owner before the mode: changing it clears suid and sgid, which the mode may have set anew.
         if let Some((uid, gid)) = owner {
-            chownat(&*inode, c"", uid, gid, ITSELF)?;
+            chownat(&file, c"", uid, gid, ITSELF)?;
         }
         if valid.contains(SetattrValid::MODE) {
             if inode.kind == libc::S_IFLNK {
@@ -221,25 +225,22 @@ impl Share {
             }
             let mode = Mode::from_raw_mode(change.mode & 0o7777);
             self.host
-                .by_path(&*inode, |proc_fd, path| chmodat(proc_fd, path, mode, AtFlags::empty()))?;
+                .by_path(&file, |proc_fd, path| chmodat(proc_fd, path, mode, AtFlags::empty()))?;
         }
         if valid.contains(SetattrValid::SIZE) {
             let _kill = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
             // A handle that is open for writing may do what the mode no longer allows.
             match handle.as_deref().map(|handle| handle.file()) {
-                Some(Ok(file)) if file.writable => ftruncate(&file.fd, change.size)?,
-                _ => {
-                    let file = self.host.reopen(&*inode, rustix::fs::OFlags::WRONLY)?;
-                    ftruncate(file, change.size)?;
-                }
+                Some(Ok(open)) if open.writable => ftruncate(&open.fd, change.size)?,
+                _ => ftruncate(self.host.reopen(&file, OFlags::WRONLY)?, change.size)?,
             }
         }
         if let Some(times) = times {
-            self.host.by_path(&*inode, |proc_fd, path| {
+            self.host.by_path(&file, |proc_fd, path| {
                 utimensat(proc_fd, path, &times, AtFlags::empty())
             })?;
         }
-        self.attr_out(&inode)
+        self.attr_out(file)
     }
 
     /// ACCESS, by the mode bits. The Linux guest of a virtio-fs share decides this itself
@@ -253,7 +254,7 @@ impl Share {
         if wanted & libc::W_OK as u32 != 0 {
             self.check_writable()?;
         }
-        let stat = host::stat(&*inode)?;
+        let stat = host::stat(self.file(&inode)?)?;
         let mode = u32::from(stat.stx_mode);
         let execute = libc::X_OK as u32;
         let allowed = if caller.uid == 0 {

@@ -65,7 +65,7 @@ impl Share {
             // A name that is gone by now, or whose file cannot be looked up, is listed all the same, as
             // READDIR does; the guest will look it up itself if it wants to. It costs the rest nothing.
             let found = match sink.plus() && !own {
-                true => self.find(&inode, name).ok(),
+                true => self.find_in(&inode, &directory.fd, name).ok(),
                 false => None,
             };
             sink.add(&listing, found.as_ref());

@@ -6,6 +6,7 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvf
 
 use super::attributes::is_on_overlay;
 use super::identity::WithoutFsetid;
+use super::inode::Held;
 use super::{CachePolicy, Share};
 use crate::fuse::abi::{
     CopyFileRangeIn, FOPEN_CACHE_DIR, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FallocateIn, IoctlIn,
@@ -58,17 +59,17 @@ impl Share {
     }
 
     /// Opens for the guest what was found to be a regular file.
-    pub(super) fn open_for_guest(&self, fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
+    pub(super) fn open_for_guest(&self, file: &Held, flags: OFlags) -> Result<OwnedFd> {
         let write_only = flags & OFlags::ACCMODE == OFlags::WRONLY;
         if write_only && self.options.writeback() {
             // To write a part of a page back, the guest reads the rest of it from the same handle.
             let both = (flags - OFlags::ACCMODE) | OFlags::RDWR;
-            match self.host.reopen(fd, both) {
+            match self.host.reopen(file, both) {
                 Err(Errno::ACCES) => {}
                 other => return other,
             }
         }
-        self.host.reopen(fd, flags)
+        self.host.reopen(file, flags)
     }
 
     pub(super) fn add_open_file(&self, nodeid: u64, fd: OwnedFd, flags: OFlags) -> Result<OpenOut> {
@@ -84,7 +85,7 @@ impl Share {
 
     pub(super) fn open_directory(&self, caller: Caller) -> Result<OpenOut> {
         let inode = self.directory(caller.nodeid)?;
-        let fd = self.host.reopen(&*inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let fd = self.host.reopen(self.file(&inode)?, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let fh = self.handles.add_directory(caller.nodeid, fd)?;
         let open_flags = match self.options.cache {
             CachePolicy::Never => 0,
@@ -153,11 +154,11 @@ impl Share {
             return Ok(());
         }
         inode.check_openable()?;
-        Ok(rustix::fs::syncfs(self.host.reopen(&*inode, OFlags::RDONLY)?)?)
+        Ok(rustix::fs::syncfs(self.host.reopen(self.file(&inode)?, OFlags::RDONLY)?)?)
     }
 
     pub(super) fn file_system(&self, caller: Caller) -> Result<Kstatfs> {
-        let stat = fstatvfs(&*self.inodes.get(caller.nodeid)?)?;
+        let stat = fstatvfs(self.file(&self.inodes.get(caller.nodeid)?)?)?;
         let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         Ok(Kstatfs {
             blocks: stat.f_blocks,
@@ -260,16 +261,17 @@ impl Share {
         if !inode.is_regular() {
             return Err(Errno::INVAL);
         }
+        let found = self.file(&inode)?;
         if writable {
             self.check_writable()?;
-            return self.host.reopen(&*inode, OFlags::RDWR);
+            return self.host.reopen(&found, OFlags::RDWR);
         }
         if !self.options.read_only
-            && is_on_overlay(&*inode)
-            && let Ok(file) = self.host.reopen(&*inode, OFlags::RDWR)
+            && is_on_overlay(&found)
+            && let Ok(file) = self.host.reopen(&found, OFlags::RDWR)
         {
             return Ok(file);
         }
-        self.host.reopen(&*inode, OFlags::RDONLY)
+        self.host.reopen(found, OFlags::RDONLY)
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::fs::Statx;
 
+use super::Share;
 use super::table::Table;
 use crate::fuse::abi::ROOT_ID;
 use crate::fuse::{Errno, Result};
@@ -80,9 +81,24 @@ impl Inode {
     }
 }
 
-impl AsFd for Inode {
+/// The file of a node, for the length of one operation. A descriptor that may be `O_PATH` and may be one
+/// the guest has open: good for what takes "the file behind a descriptor", not for I/O.
+pub(super) struct Held(Arc<Inode>);
+
+impl AsFd for Held {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.0.fd.as_fd()
+    }
+}
+
+impl Share {
+    /// The file of a node.
+    ///
+    /// # Errors
+    ///
+    /// `ESTALE` when the host no longer has it.
+    pub(super) fn file(&self, inode: &Arc<Inode>) -> Result<Held> {
+        Ok(Held(inode.clone()))
     }
 }
 

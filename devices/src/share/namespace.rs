@@ -10,7 +10,7 @@ use rustix::fs::{
 };
 
 use super::identity::{AsUser, WithoutFsetid};
-use super::inode::{Inode, Key};
+use super::inode::{Held, Inode, Key};
 use super::{Share, host, pseudo};
 use crate::fuse::abi::{ATTR_SUBMOUNT, CreateIn, EntryOut, OPEN_KILL_SUIDGID, OpenOut};
 use crate::fuse::{Caller, Errno, Result};
@@ -31,12 +31,23 @@ impl Share {
     }
 
     /// Finds an entry and counts a lookup of it.
-    pub(super) fn find(&self, directory: &Inode, name: &CStr) -> Result<EntryOut> {
-        self.entry(Some(directory), host::find(directory, name)?)
+    pub(super) fn find(&self, directory: &Arc<Inode>, name: &CStr) -> Result<EntryOut> {
+        let file = self.file(directory)?;
+        self.find_in(directory, &file, name)
+    }
+
+    /// The same, with a descriptor of the directory at hand.
+    pub(super) fn find_in(
+        &self,
+        directory: &Arc<Inode>,
+        file: impl AsFd,
+        name: &CStr,
+    ) -> Result<EntryOut> {
+        self.entry(Some(directory), host::find(file, name)?)
     }
 
     /// Counts a lookup of the file behind an `O_PATH` descriptor.
-    fn entry(&self, directory: Option<&Inode>, fd: OwnedFd) -> Result<EntryOut> {
+    fn entry(&self, directory: Option<&Arc<Inode>>, fd: OwnedFd) -> Result<EntryOut> {
         let stat = host::stat(&fd)?;
         let crosses = directory.is_some_and(|one| Key::of(&stat).crosses_mount(&one.key));
         let closed = crosses && pseudo::is_pseudo(&fd)?;
@@ -70,14 +81,15 @@ impl Share {
         &self,
         caller: Caller,
         name: &CStr,
-        make: impl FnOnce(&Inode) -> rustix::io::Result<()>,
+        make: impl FnOnce(&Held) -> rustix::io::Result<()>,
     ) -> Result<EntryOut> {
         let directory = self.writable_directory(caller.nodeid)?;
+        let file = self.file(&directory)?;
         {
             let _identity = self.identity(caller)?;
-            make(&directory)?;
+            make(&file)?;
         }
-        self.find(&directory, name)
+        self.find_in(&directory, file, name)
     }
 
     pub(super) fn make_symlink(
@@ -126,7 +138,7 @@ impl Share {
 
     pub(super) fn remove(&self, caller: Caller, name: &CStr, flags: AtFlags) -> Result<()> {
         let directory = self.writable_directory(caller.nodeid)?;
-        Ok(unlinkat(&*directory, name, flags)?)
+        Ok(unlinkat(self.file(&directory)?, name, flags)?)
     }
 
     pub(super) fn move_entry(
@@ -144,7 +156,7 @@ impl Share {
         }
         let old = self.directory(caller.nodeid)?;
         let new = self.writable_directory(new_directory)?;
-        Ok(renameat_with(&*old, name, &*new, new_name, flags)?)
+        Ok(renameat_with(self.file(&old)?, name, self.file(&new)?, new_name, flags)?)
     }
 
     pub(super) fn make_link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut> {
@@ -153,8 +165,9 @@ impl Share {
         if inode.is_directory() {
             return Err(Errno::PERM);
         }
-        self.host.link(&*inode, &*directory, name)?;
-        self.find(&directory, name)
+        let into = self.file(&directory)?;
+        self.host.link(self.file(&inode)?, &into, name)?;
+        self.find_in(&directory, into, name)
     }
 
     pub(super) fn read_link(&self, caller: Caller) -> Result<Vec<u8>> {
@@ -163,7 +176,7 @@ impl Share {
             return Err(Errno::INVAL);
         }
         // An empty path means the descriptor's own file.
-        Ok(readlinkat(&*inode, c"", Vec::with_capacity(256))?.into_bytes())
+        Ok(readlinkat(self.file(&inode)?, c"", Vec::with_capacity(256))?.into_bytes())
     }
 
     /// CREATE. The Linux guest sends it for a name that it believes is not there.
@@ -176,16 +189,17 @@ impl Share {
         let directory = self.writable_directory(caller.nodeid)?;
         let flags = self.open_flags(request.flags)?;
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
+        let parent = self.file(&directory)?;
         let made = {
             let _identity = self.identity(caller)?;
-            host::create(&*directory, name, self.creation_flags(flags), mode)
+            host::create(&parent, name, self.creation_flags(flags), mode)
         };
         match made {
             Ok(fd) => self.created(fd, flags),
             Err(Errno::EXIST) if request.flags & libc::O_EXCL as u32 == 0 => {
                 // Somebody was faster. Not by O_CREAT without O_EXCL: that would open whatever is there now,
                 // a FIFO for example.
-                let entry = self.find(&directory, name)?;
+                let entry = self.find_in(&directory, &parent, name)?;
                 let kill = request.fuse_flags & OPEN_KILL_SUIDGID != 0;
                 self.open_existing(&entry, request.flags, kill)
                     .map(|open| (entry, open))
@@ -218,9 +232,10 @@ impl Share {
         // O_EXCL says that it will never get a name. Here it is no flag of an open file.
         flags.set(OFlags::EXCL, request.flags & libc::O_EXCL as u32 != 0);
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
+        let parent = self.file(&directory)?;
         let fd = {
             let _identity = self.identity(caller)?;
-            host::create_unnamed(&*directory, flags, mode)?
+            host::create_unnamed(parent, flags, mode)?
         };
         self.created(fd, flags)
     }
@@ -235,7 +250,7 @@ impl Share {
     }
 
     /// Opens a regular file that the guest knows.
-    pub(super) fn open_inode(&self, inode: &Inode, flags: u32, kill: bool) -> Result<OpenOut> {
+    pub(super) fn open_inode(&self, inode: &Arc<Inode>, flags: u32, kill: bool) -> Result<OpenOut> {
         if inode.is_directory() {
             return Err(Errno::ISDIR);
         }
@@ -243,7 +258,7 @@ impl Share {
         let flags = self.open_flags(flags)?;
         let fd = {
             let _kill = WithoutFsetid::when(kill && flags.contains(OFlags::TRUNC))?;
-            self.open_for_guest(inode.as_fd(), flags)?
+            self.open_for_guest(&self.file(inode)?, flags)?
         };
         self.add_open_file(inode.nodeid, fd, flags)
     }

@@ -59,7 +59,7 @@ impl Share {
         }
         let inode = self.inodes.get(caller.nodeid)?;
         inode.check_openable().map_err(|_| otherwise)?;
-        self.host.reopen(&*inode, OFlags::RDONLY)
+        self.host.reopen(self.file(&inode)?, OFlags::RDONLY)
     }
 
     pub(super) fn set_xattr(
