@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, mpsc};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::*;
+use crate::memory::GuestBuffer;
 use crate::sync::lock;
+use crate::virtio::fs::*;
 use crate::virtio::testing::*;
 use crate::virtio::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 

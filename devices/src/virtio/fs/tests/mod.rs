@@ -1,0 +1,5 @@
+//! The device, and the whole way of a request: from a descriptor chain to a host file and back.
+
+mod device;
+mod frames;
+mod queue;
