@@ -9,14 +9,15 @@ threads ?= 1
 
 # cargo starts test programs through it. An emulated machine is more stable with one processor (see with-kvm).
 in_kvm := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/with-kvm"
+in_fuse := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/with-fuse"
 
 PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
-           kernel-config/modules.sh tests/with-kvm tests/demo
+           kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help build kernel demo test lint unit integration install tools
+.PHONY: help build kernel demo test lint unit door integration install tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -35,7 +36,7 @@ demo: build kernel ## share a directory with a guest and look at it from both si
 	$(unpack)
 	WITH_KVM_CPUS=1 tests/with-kvm tests/demo
 
-test: lint unit integration ## everything a change must pass
+test: lint unit door integration ## everything a change must pass
 
 lint: tools ## formatting, clippy, the scripts' syntax
 	cargo fmt --all --check
@@ -46,10 +47,13 @@ lint: tools ## formatting, clippy, the scripts' syntax
 unit: tools ## the tests that need no virtual machine
 	cargo test -j$(jobs) -p devices -p oriel -p oriel-init
 
+door: tools ## the tests of a share on /dev/fuse: here as root, else in the emulated machine
+	$(in_fuse) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test door
+
 integration: build kernel ## the tests that boot guests: here if this machine can, else in an emulated one
 	$(unpack)
-	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration -- --test-threads=$(threads) --skip two_cpus
-	$(in_kvm) WITH_KVM_CPUS=2 cargo test -j$(jobs) -p integration -- --test-threads=$(threads) two_cpus
+	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) --skip two_cpus
+	$(in_kvm) WITH_KVM_CPUS=2 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) two_cpus
 
 install: build ## install oriel and oriel-init below PREFIX (/usr/local)
 	install -D -m 0755 $(release)/oriel "$(DESTDIR)$(PREFIX)/bin/oriel"

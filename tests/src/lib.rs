@@ -10,10 +10,12 @@
     reason = "a test fails by a panic"
 )]
 
+pub mod door;
 mod guest;
 mod run;
 mod tree;
 
+pub use door::Door;
 pub use guest::{busybox, vmlinux, vmlinuz};
 pub use run::{Oriel, Outcome, Running, text};
 pub use tree::{Tree, copy_executable, noise, sha256};

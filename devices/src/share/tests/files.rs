@@ -198,6 +198,16 @@ fn the_rest_of_a_files_operations_work() {
 }
 
 #[test]
+fn holes_are_not_told_of_to_a_guest_that_collects_writes() {
+    let guest = Guest::with(|options| options.writeback = true);
+    std::fs::write(guest.path().join("file"), "text").unwrap();
+    let node = guest.node("file");
+    let fh = guest.fh(node, libc::O_RDWR);
+    let body = LseekIn { fh, offset: 0, whence: libc::SEEK_HOLE as u32, padding: 0 };
+    assert_eq!(guest.call(Opcode::Lseek, node, &[body.as_slice()]).error, libc::ENOSYS);
+}
+
+#[test]
 fn ranges_are_copied_on_the_host() {
     let guest = Guest::new();
     let node = file(&guest, b"0123456789");
