@@ -8,7 +8,7 @@ pub mod window;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-pub use window::Window;
+pub use window::{GrowError, Window};
 
 /// The window as the FUSE server sees it (virtio 1.3, 5.11.6.4): where it lives in guest or host memory is
 /// not the server's business.
@@ -23,8 +23,13 @@ pub use window::Window;
 ///
 /// Offsets and lengths are bytes. They are the guest's own numbers: the implementation checks them.
 pub trait DaxWindow: Send + Sync {
-    /// Size in bytes, a multiple of 2 MiB.
+    /// Size in bytes, a multiple of 2 MiB. May become more, never less.
     fn size(&self) -> u64;
+
+    /// The most that [`size`](Self::size) will ever say. Always the same answer.
+    fn max_size(&self) -> u64 {
+        self.size()
+    }
 
     /// Puts `len` bytes of `file` from `file_offset` at `offset` in the window, shared with the host's page
     /// cache, over whatever was there. May reach past the end of the file. The window keeps its own

@@ -32,6 +32,14 @@ const MOST_MAPPINGS: (u64, u64) = (256, budget::MOST as u64);
 /// Where no file is, there is `PROT_NONE` memory that costs nothing; a guest that touches it gets `EFAULT`
 /// from `KVM_RUN`.
 ///
+/// # A window that grows
+///
+/// All addresses that a window may ever take are reserved from the start, and are nothing but reserved behind
+/// its present size. So neither its address nor anything that was told of it ([`host_address`], the memory
+/// slot) changes when it grows.
+///
+/// [`host_address`]: Self::host_address
+///
 /// # A file that shrinks
 ///
 /// A file may be cut shorter by the host or another guest while it is mapped. Touching a page past its end
@@ -46,8 +54,10 @@ const MOST_MAPPINGS: (u64, u64) = (256, budget::MOST as u64);
 /// vCPU waits for room ([`full_file_system`](Self::full_file_system)).
 pub struct Window {
     base: NonNull<u8>,
-    size: u64,
-    most_mappings: usize,
+    /// So much is reserved, in bytes.
+    reserved: u64,
+    /// So much of it may be used. Only grows, and under the lock of `state`.
+    size: AtomicU64,
     budget: &'static Budget,
     /// There are, or were lately, zero pages in the place of lost ones.
     repaired: AtomicBool,
@@ -72,6 +82,30 @@ fn invalid() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
 }
 
+/// Why a window cannot have a size. Sizes are bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrowError {
+    /// It is no multiple of [`ALIGNMENT`].
+    #[error("{0} bytes are not a multiple of 2 MiB")]
+    Unaligned(u64),
+    /// Something may be mapped in what would be taken away.
+    #[error("{asked} bytes are less than the {present} that it has, and a window only grows")]
+    Shrinks {
+        /// What it should have.
+        asked: u64,
+        /// What it has.
+        present: u64,
+    },
+    /// No addresses were reserved for that.
+    #[error("{asked} bytes are more than the {reserved} that were reserved for it")]
+    Beyond {
+        /// What it should have.
+        asked: u64,
+        /// What it can have.
+        reserved: u64,
+    },
+}
+
 impl Window {
     /// Reserves a window of `size` bytes.
     ///
@@ -79,16 +113,26 @@ impl Window {
     ///
     /// `EINVAL` for a size of 0 or not a multiple of 2 MiB; the errno of `mmap`.
     pub fn new(size: u64) -> io::Result<Self> {
-        Self::within(size, &budget::PROCESS)
+        Self::growable(size, size)
     }
 
-    fn within(size: u64, budget: &'static Budget) -> io::Result<Self> {
-        if size == 0 || !size.is_multiple_of(ALIGNMENT) {
+    /// Reserves a window of `size` bytes that can [grow](Self::grow) up to `reserved`.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), for both; `EINVAL` for a size above what is reserved.
+    pub fn growable(size: u64, reserved: u64) -> io::Result<Self> {
+        Self::within(size, reserved, &budget::PROCESS)
+    }
+
+    fn within(size: u64, reserved: u64, budget: &'static Budget) -> io::Result<Self> {
+        let whole = size.is_multiple_of(ALIGNMENT) && reserved.is_multiple_of(ALIGNMENT);
+        if size == 0 || !whole || size > reserved {
             return Err(invalid());
         }
-        let total = size.checked_add(ALIGNMENT).ok_or_else(invalid)?;
+        let total = reserved.checked_add(ALIGNMENT).ok_or_else(invalid)?;
         let total = usize::try_from(total).map_err(|_| invalid())?;
-        let len = usize::try_from(size).map_err(|_| invalid())?;
+        let len = usize::try_from(reserved).map_err(|_| invalid())?;
         // SAFETY: a new mapping where the kernel likes; nothing is replaced.
         let start = unsafe {
             mmap_anonymous(
@@ -114,9 +158,8 @@ impl Window {
         }
         Ok(Self {
             base: NonNull::new(base).ok_or_else(invalid)?,
-            size,
-            most_mappings: (size / ALIGNMENT * MAPPINGS_PER_LARGE_PAGE)
-                .clamp(MOST_MAPPINGS.0, MOST_MAPPINGS.1) as usize,
+            reserved,
+            size: AtomicU64::new(size),
             budget,
             repaired: AtomicBool::new(false),
             repairs: AtomicU64::new(0),
@@ -125,8 +168,35 @@ impl Window {
         })
     }
 
-    /// Where the window is in this process: for the memory slot. Aligned to 2 MiB. Stays until the value is
-    /// dropped; so must the slot not be longer there than that.
+    /// Makes the window `size` bytes long. What is mapped stays as it is. Idempotent.
+    ///
+    /// # Errors
+    ///
+    /// [`GrowError`]; the window has the size that it had.
+    pub fn grow(&self, size: u64) -> Result<(), GrowError> {
+        if !size.is_multiple_of(ALIGNMENT) {
+            return Err(GrowError::Unaligned(size));
+        }
+        if size > self.reserved {
+            return Err(GrowError::Beyond { asked: size, reserved: self.reserved });
+        }
+        let _state = self.state();
+        let present = self.size();
+        if size < present {
+            return Err(GrowError::Shrinks { asked: size, present });
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn most_mappings(&self) -> usize {
+        let most = self.size() / ALIGNMENT * MAPPINGS_PER_LARGE_PAGE;
+        most.clamp(MOST_MAPPINGS.0, MOST_MAPPINGS.1) as usize
+    }
+
+    /// Where the window is in this process: for the memory slot, which has all of
+    /// [`max_size`](DaxWindow::max_size) from there. Aligned to 2 MiB. Stays until the value is dropped; so must
+    /// the slot not be longer there than that.
     pub fn host_address(&self) -> *mut u8 {
         self.base.as_ptr()
     }
@@ -262,7 +332,7 @@ impl Window {
     fn check(&self, offset: u64, len: u64) -> io::Result<u64> {
         let whole = offset.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
         match offset.checked_add(len) {
-            Some(end) if whole && len > 0 && end <= self.size => Ok(end),
+            Some(end) if whole && len > 0 && end <= self.size() => Ok(end),
             _ => Err(invalid()),
         }
     }
@@ -270,7 +340,7 @@ impl Window {
     /// Refuses what would leave too many mappings, when it leaves more than there are. Draws what it needs
     /// from the budget; [`settle`](Self::settle) gives back what is not needed after all.
     pub(super) fn check_count(&self, state: &mut State, then: usize) -> io::Result<()> {
-        if then > state.count() && then > self.most_mappings {
+        if then > state.count() && then > self.most_mappings() {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         let more = then.saturating_sub(state.drawn);
@@ -397,7 +467,11 @@ fn protection(writable: bool) -> ProtFlags {
 
 impl DaxWindow for Window {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn max_size(&self) -> u64 {
+        self.reserved
     }
 
     fn map(
@@ -457,7 +531,7 @@ impl DaxWindow for Window {
     fn clear(&self) {
         let mut state = self.state();
         // One call that joins all areas into one: cannot run out of them.
-        if let Err(error) = self.reserve(0, self.size) {
+        if let Err(error) = self.reserve(0, self.size()) {
             log::error!("cannot clear a DAX window: {error}");
             return;
         }
@@ -489,9 +563,9 @@ impl DaxWindow for Window {
 impl Drop for Window {
     fn drop(&mut self) {
         self.budget.give_back(self.state().drawn);
-        // SAFETY: the reservation is `size` bytes at `base` and owned by this value, which nobody can use
+        // SAFETY: the reservation is `reserved` bytes at `base` and owned by this value, which nobody can use
         // any more. Whoever made a memory slot of it has taken that away first (`host_address`).
-        let result = unsafe { munmap(self.address(0), self.size as usize) };
+        let result = unsafe { munmap(self.address(0), self.reserved as usize) };
         if let Err(error) = result {
             log::error!("cannot unmap a DAX window: {error}");
         }

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::fstat;
 
-use super::{ALIGNMENT, Budget, Window, page_end};
+use super::{ALIGNMENT, Budget, GrowError, Window, page_end};
 use crate::dax::DaxWindow;
 
 const MIB: u64 = 1 << 20;
@@ -58,8 +58,53 @@ fn a_window_is_aligned_and_a_whole_number_of_large_pages() {
         let window = Window::new(size).unwrap();
         assert_eq!(window.host_address() as u64 % ALIGNMENT, 0);
         assert_eq!(window.size(), size);
+        assert_eq!(window.max_size(), size, "it cannot grow");
         assert_eq!(peek(&window, 0), None);
     }
+}
+
+#[test]
+fn a_window_grows_in_place_and_never_beyond_what_is_reserved() {
+    for (size, reserved) in
+        [(0, ALIGNMENT), (ALIGNMENT, MIB), (2 * ALIGNMENT, ALIGNMENT), (ALIGNMENT, 3 * MIB)]
+    {
+        assert!(Window::growable(size, reserved).is_err(), "{size} of {reserved}");
+    }
+    let window = Window::growable(ALIGNMENT, 4 * ALIGNMENT).unwrap();
+    assert_eq!((window.size(), window.max_size()), (ALIGNMENT, 4 * ALIGNMENT));
+    let address = window.host_address();
+    let file = pages(1);
+    window.map(0, 4096, file.as_fd(), 0, true).unwrap();
+    let beyond = window.map(ALIGNMENT, 4096, file.as_fd(), 0, true).unwrap_err();
+    assert_eq!(beyond.raw_os_error(), Some(libc::EINVAL), "reserved is not yet there");
+    assert_eq!(peek(&window, ALIGNMENT), None);
+
+    let (asked, present) = (2 * ALIGNMENT, ALIGNMENT);
+    window.grow(asked).unwrap();
+    window.grow(asked).unwrap();
+    assert_eq!(window.size(), asked);
+    window.map(ALIGNMENT, 4096, file.as_fd(), 0, true).unwrap();
+    assert!(poke(&window, ALIGNMENT, 9));
+    assert_eq!(peek(&window, 0), Some(9), "what was mapped before still is");
+    assert_eq!(window.host_address(), address);
+
+    assert_eq!(window.grow(3 * MIB), Err(GrowError::Unaligned(3 * MIB)));
+    let shrinks = GrowError::Shrinks { asked: present, present: asked };
+    assert_eq!(window.grow(present), Err(shrinks));
+    assert_eq!(window.grow(0), Err(GrowError::Shrinks { asked: 0, present: asked }));
+    let beyond = GrowError::Beyond { asked: 5 * ALIGNMENT, reserved: 4 * ALIGNMENT };
+    assert_eq!(window.grow(5 * ALIGNMENT), Err(beyond));
+    assert_eq!(window.size(), asked, "as it was");
+
+    // Over the old end in one piece.
+    let large = tempfile::tempfile().unwrap();
+    large.set_len(4 * ALIGNMENT).unwrap();
+    window.grow(4 * ALIGNMENT).unwrap();
+    window.map(0, 4 * ALIGNMENT, large.as_fd(), 0, false).unwrap();
+    assert_eq!(peek(&window, 4 * ALIGNMENT - 1), Some(0));
+    window.clear();
+    assert_eq!(window.live_mappings(), 0);
+    assert_eq!(peek(&window, 4 * ALIGNMENT - 1), None, "cleared to its new end");
 }
 
 #[test]
@@ -173,7 +218,7 @@ fn a_file_costs_one_descriptor_however_often_it_is_mapped() {
 fn mappings_are_bounded_and_there_is_room_again_afterwards() {
     let window = Window::new(8 * ALIGNMENT).unwrap();
     let file = pages(1);
-    let most = window.most_mappings;
+    let most = window.most_mappings();
     assert_eq!(most, 256);
     let step = 3 * 4096;
     let map = |at: usize, len| window.map(at as u64 * step, len, file.as_fd(), 0, false);
@@ -307,7 +352,7 @@ fn random_changes_leave_what_a_simple_model_says() {
 fn repairs_and_growth_make_no_mappings() {
     let window = Window::new(2 * ALIGNMENT).unwrap();
     let file = pages(1);
-    let most = window.most_mappings as u64;
+    let most = window.most_mappings() as u64;
     let step = 4 * 4096;
     for at in 0..most {
         window.map(at * step, step, file.as_fd(), 0, false).unwrap();
@@ -371,8 +416,8 @@ fn a_part_of_a_repaired_mapping_keeps_its_zeros_and_gets_its_pages_back() {
 fn all_windows_of_a_process_draw_from_one_budget() {
     let budget: &'static Budget = Box::leak(Box::new(Budget::new(3)));
     let file = pages(4);
-    let one = Window::within(ALIGNMENT, budget).unwrap();
-    let other = Window::within(ALIGNMENT, budget).unwrap();
+    let one = Window::within(ALIGNMENT, ALIGNMENT, budget).unwrap();
+    let other = Window::within(ALIGNMENT, ALIGNMENT, budget).unwrap();
     let map = |window: &Window, at: u64| window.map(at * 8192, 4096, file.as_fd(), 0, false);
     map(&one, 0).unwrap();
     map(&other, 0).unwrap();
@@ -394,7 +439,7 @@ fn all_windows_of_a_process_draw_from_one_budget() {
 #[test]
 fn a_mapping_that_fails_costs_nothing_of_the_budget() {
     let budget: &'static Budget = Box::leak(Box::new(Budget::new(3)));
-    let window = Window::within(ALIGNMENT, budget).unwrap();
+    let window = Window::within(ALIGNMENT, ALIGNMENT, budget).unwrap();
     window.map(0, 4096, File::open("/").unwrap().as_fd(), 0, false).unwrap_err();
     assert_eq!(budget.left(), 3);
 }
@@ -461,7 +506,7 @@ fn fail_missing_pages(window: &Window, offset: u64, len: u64) -> Option<OwnedFd>
 fn a_page_that_the_host_cannot_read_is_covered_alone_and_comes_back_when_mapped_anew() {
     use std::os::unix::fs::FileExt;
     let budget: &'static Budget = Box::leak(Box::new(Budget::new(8)));
-    let window = Window::within(ALIGNMENT, budget).unwrap();
+    let window = Window::within(ALIGNMENT, ALIGNMENT, budget).unwrap();
     let flags = rustix::fs::MemfdFlags::CLOEXEC;
     let file = File::from(rustix::fs::memfd_create("holes", flags).unwrap());
     file.set_len(7 * 4096).unwrap();

@@ -59,6 +59,12 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
+    /// The driver reads how long the shared memory region is now, in bytes: at most
+    /// [`SharedMemory::size`], and never less than the last time. 0 for a device that has none.
+    fn read_shared_memory_size(&self) -> u64 {
+        self.shared_memory().map_or(0, |region| region.size)
+    }
+
     /// The driver is ready (DRIVER_OK): from now on the queues are the device's. Called once, and then not
     /// again before a [`reset`](Self::reset). There may be requests in the queues already.
     ///
@@ -94,7 +100,7 @@ fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
 pub struct SharedMemory {
     /// Which one of the device's (`shmid`); each device type numbers its own.
     pub id: u8,
-    /// Length in bytes.
+    /// The most bytes that it will ever be long: the BAR has room for them.
     pub size: u64,
     /// Where the guest's choice of address goes.
     pub slot: Arc<dyn WindowSlot>,

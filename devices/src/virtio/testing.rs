@@ -170,7 +170,7 @@ impl Driver {
         let function = VirtioPci::new(device, memory.clone(), &controller).unwrap();
         let root = PciRoot::new(AddressWindows {
             mmio32: MMIO32..MMIO32 + (1 << 20),
-            mmio64: MMIO64..MMIO64 + (1 << 30),
+            mmio64: MMIO64..MMIO64 + (1 << 36),
         });
         let address = root.add(Arc::new(function)).unwrap();
         assert_eq!(address.device, 1);

@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, ensure};
 use devices::bus::Bus;
-use devices::dax::{DaxWindow, Window};
+use devices::dax::Window;
 use devices::pci::{AddressWindow, AddressWindows, PciRoot, root};
 use devices::power::{self, Power, PowerRequest};
 use devices::serial::{self, SerialPort};
@@ -114,7 +114,7 @@ impl Machine {
         })
     }
 
-    /// Adds a virtio-fs device that is served by `server`, with a DAX window if there is one.
+    /// Adds a virtio-fs device that is served by `server`, with a DAX window if there is one, and returns it.
     ///
     /// # Errors
     ///
@@ -124,15 +124,16 @@ impl Machine {
         config: fs::Config,
         server: Arc<dyn Server>,
         window: Option<Arc<Window>>,
-    ) -> Result<()> {
+    ) -> Result<Arc<FsDevice>> {
         let shown = window.as_ref().map(|window| fs::Window {
-            size: window.size(),
+            dax: window.clone(),
             slot: self.slots.window(window.clone()),
         });
         let device = FsDevice::new(config, server, shown).context("virtio-fs device")?;
-        self.add_device(Arc::new(device)).context("virtio-fs device")?;
+        let device = Arc::new(device);
+        self.add_device(device.clone()).context("virtio-fs device")?;
         self.windows.extend(window);
-        Ok(())
+        Ok(device)
     }
 
     /// Adds a console device. Who gave it keeps it, to send input and to wait for the last output.

@@ -71,6 +71,10 @@ impl Slots {
 }
 
 /// A DAX window's memslot and its region in the guest's address space, at one place at a time.
+///
+/// Both have all that is reserved for the window from the start. KVM cannot make a slot longer, and so nothing
+/// changes here when the window grows; a part behind its end that the guest touches is as empty as a hole in it.
+/// The slot's own bookkeeping costs KVM some bytes for each 2 MiB.
 pub struct WindowMemory {
     slots: Arc<Slots>,
     slot: u32,
@@ -80,7 +84,7 @@ pub struct WindowMemory {
 
 impl WindowMemory {
     fn region(&self, address: GuestAddress) -> io::Result<Arc<GuestRegionMmap>> {
-        let size = usize::try_from(self.window.size()).map_err(io::Error::other)?;
+        let size = usize::try_from(self.window.max_size()).map_err(io::Error::other)?;
         // SAFETY: the window's reservation is `size` bytes at this address and stays as long as `self`,
         // which outlives every snapshot of the memory map in use: devices are stopped before the machine
         // drops its windows. PROT_NONE marks it as a window (see `devices::memory`).
@@ -107,23 +111,23 @@ impl WindowSlot for WindowMemory {
         let guard = self.slots.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let mut map = (*self.slots.memory.memory()).clone();
         if let Some(old) = *place {
-            let removed = map.remove_region(old, self.window.size());
+            let removed = map.remove_region(old, self.window.max_size());
             (map, _) = removed.map_err(io::Error::other)?;
         }
         if let Some(new) = address {
             // Refuses what overlaps RAM or another window.
             map = map.insert_region(self.region(new)?).map_err(io::Error::other)?;
         }
-        let host = self.window.host_address();
+        let (host, size) = (self.window.host_address(), self.window.max_size());
         if let Some(old) = *place {
             self.slots.set(self.slot, old, 0, host)?;
         }
         if let Some(new) = address
-            && let Err(error) = self.slots.set(self.slot, new, self.window.size(), host)
+            && let Err(error) = self.slots.set(self.slot, new, size, host)
         {
             // KVM does not move a slot in one step: put it back where the caller thinks it is.
             if let Some(old) = *place {
-                self.slots.set(self.slot, old, self.window.size(), host)?;
+                self.slots.set(self.slot, old, size, host)?;
             }
             return Err(error);
         }

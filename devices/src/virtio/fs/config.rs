@@ -11,6 +11,12 @@ const CONFIG_SIZE: usize = TAG_SIZE + 4 + 4;
 /// more than it has CPUs.
 pub const MAX_REQUEST_QUEUES: u16 = 256;
 
+/// The shared memory region (the DAX window) may become longer while the driver is active; a configuration
+/// change notification tells when it has. Experimental and Oriel's own: no specification knows it, and only
+/// the driver of `kernel-config/patches` accepts it. The last of the bits for device types (2.2) that Linux
+/// can negotiate, while the standard's features of this device count up from 0.
+pub const VIRTIO_FS_F_WINDOW_GROWS: u64 = 1 << 63;
+
 /// What cannot be the configuration of a file system.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {

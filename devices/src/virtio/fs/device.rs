@@ -1,17 +1,19 @@
 //! The device: its features, its queues, and the life of its workers.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::Server;
-use super::config::Config;
+use super::config::{Config, VIRTIO_FS_F_WINDOW_GROWS};
 use super::worker::Worker;
+use crate::dax::DaxWindow;
 use crate::pci::WindowSlot;
 use crate::sync::lock;
-use crate::virtio::{Activation, SharedMemory, VirtioDevice};
+use crate::virtio::{Activation, Interrupts, SharedMemory, VirtioDevice};
 
 /// Device type (5.11.1).
 const DEVICE_ID: u16 = 26;
@@ -29,8 +31,8 @@ const WINDOW_ID: u8 = 0;
 /// The DAX window, as the guest sees it.
 #[derive(Clone)]
 pub struct Window {
-    /// Length in bytes, a multiple of 2 MiB.
-    pub size: u64,
+    /// How long it is, and may become.
+    pub dax: Arc<dyn DaxWindow>,
     /// Where it is visible.
     pub slot: Arc<dyn WindowSlot>,
 }
@@ -40,6 +42,11 @@ pub struct FsDevice {
     config: Config,
     server: Arc<dyn Server>,
     window: Option<Window>,
+    features: u64,
+    /// The size of the window that the driver read last.
+    told: AtomicU64,
+    /// A driver that is up and wants to know when the window has grown.
+    listener: Mutex<Option<Arc<dyn Interrupts>>>,
     queue_sizes: Vec<u16>,
     /// One for each queue, the same over all activations: a notification needs no lock that way, and one
     /// that crosses a reset wakes a later worker for nothing at worst.
@@ -66,14 +73,42 @@ impl FsDevice {
     ) -> io::Result<Self> {
         let count = usize::from(HIPRIO_QUEUES + config.request_queues());
         let doorbell = |_| EventFd::new(EFD_CLOEXEC).map(Arc::new);
+        let grows = window.as_ref().is_some_and(|it| it.dax.size() < it.dax.max_size());
         Ok(Self {
             config,
             server,
             window,
+            features: if grows { VIRTIO_FS_F_WINDOW_GROWS } else { 0 },
+            told: AtomicU64::new(0),
+            listener: Mutex::default(),
             queue_sizes: vec![QUEUE_SIZE; count],
             doorbells: (0..count).map(doorbell).collect::<io::Result<_>>()?,
             running: Mutex::default(),
         })
+    }
+
+    /// The window has grown: tells the driver, if it is one that wants to know, and says whether it is. Any
+    /// other driver finds out when it sets up the device the next time.
+    pub fn window_has_grown(&self) -> bool {
+        let listener = lock(&self.listener);
+        if let Some(interrupts) = listener.as_ref() {
+            interrupts.config_changed();
+        }
+        listener.is_some()
+    }
+
+    /// The driver is up.
+    fn listen(&self, features: u64, interrupts: Arc<dyn Interrupts>) {
+        if features & self.features & VIRTIO_FS_F_WINDOW_GROWS == 0 {
+            return;
+        }
+        let mut listener = lock(&self.listener);
+        // It may have grown since the driver looked, when there was nobody to tell.
+        let present = self.window.as_ref().map_or(0, |window| window.dax.size());
+        if self.told.load(Ordering::Acquire) < present {
+            interrupts.config_changed();
+        }
+        *listener = Some(interrupts);
     }
 
     fn start(&self, activation: Activation) -> io::Result<()> {
@@ -117,6 +152,10 @@ impl VirtioDevice for FsDevice {
         DEVICE_ID
     }
 
+    fn features(&self) -> u64 {
+        self.features
+    }
+
     fn queue_max_sizes(&self) -> &[u16] {
         &self.queue_sizes
     }
@@ -127,14 +166,22 @@ impl VirtioDevice for FsDevice {
 
     fn shared_memory(&self) -> Option<SharedMemory> {
         let window = self.window.clone()?;
-        Some(SharedMemory { id: WINDOW_ID, size: window.size, slot: window.slot })
+        Some(SharedMemory { id: WINDOW_ID, size: window.dax.max_size(), slot: window.slot })
+    }
+
+    fn read_shared_memory_size(&self) -> u64 {
+        let size = self.window.as_ref().map_or(0, |window| window.dax.size());
+        self.told.store(size, Ordering::Release);
+        size
     }
 
     fn activate(&self, activation: Activation) -> io::Result<()> {
+        let (features, interrupts) = (activation.features, activation.interrupts.clone());
         let started = self.start(activation);
-        if started.is_err() {
+        match started {
+            Ok(()) => self.listen(features, interrupts),
             // Some workers may be running already.
-            self.stop();
+            Err(_) => self.stop(),
         }
         started
     }
@@ -149,6 +196,7 @@ impl VirtioDevice for FsDevice {
     }
 
     fn reset(&self) {
+        *lock(&self.listener) = None;
         self.stop();
         self.server.reset();
     }

@@ -9,7 +9,7 @@ mod tests;
 
 use crate::memory::GuestBuffer;
 
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, VIRTIO_FS_F_WINDOW_GROWS};
 pub use device::{FsDevice, Window};
 
 /// What answers the requests. Knows nothing of virtio.

@@ -93,16 +93,40 @@ pub(super) fn add_registers(
     Ok(())
 }
 
-/// Adds the capability of a shared memory region (4.1.4.7) of `size` bytes, the first in its BAR.
-pub(super) fn add_shared_memory(
-    configuration: &mut Configuration,
-    id: u8,
-    size: u64,
-) -> Result<(), ConfigurationError> {
-    // `struct virtio_pci_cap64`: the high halves come last, offset first.
-    let high = [0, (size >> 32) as u32];
-    let capability = body(SHARED_MEMORY_CFG, SHARED_MEMORY_BAR, id, 0, size as u32, &high);
-    add(configuration, capability, &[]).map(drop)
+/// Offsets of the halves of the length in `struct virtio_pci_cap64`, from the start of the capability.
+const CAP64_LENGTH: usize = 12;
+const CAP64_LENGTH_HIGH: usize = 20;
+
+/// The capability of a shared memory region (4.1.4.7), whose length may change.
+pub(super) struct SharedMemoryCap {
+    at: usize,
+}
+
+impl SharedMemoryCap {
+    /// Adds the capability of a region that is the first in its BAR.
+    pub(super) fn add(
+        configuration: &mut Configuration,
+        id: u8,
+    ) -> Result<Self, ConfigurationError> {
+        // `struct virtio_pci_cap64`: the high halves come last, offset first.
+        let capability = body(SHARED_MEMORY_CFG, SHARED_MEMORY_BAR, id, 0, 0, &[0, 0]);
+        let at = usize::from(add(configuration, capability, &[])?);
+        Ok(Self { at })
+    }
+
+    /// Whether an access to configuration space begins to read the length. The lower half is read first,
+    /// and decides what the upper half says, so that nobody reads two halves of different lengths.
+    pub(super) fn begins_length(&self, offset: u16, len: usize) -> bool {
+        let (start, length) = (usize::from(offset), self.at + CAP64_LENGTH);
+        start < length + 4 && length < start + len
+    }
+
+    /// Writes the length.
+    pub(super) fn set_length(&self, configuration: &mut Configuration, length: u64) {
+        configuration.set(self.at + CAP64_LENGTH, &(length as u32).to_le_bytes());
+        let high = (length >> 32) as u32;
+        configuration.set(self.at + CAP64_LENGTH_HIGH, &high.to_le_bytes());
+    }
 }
 
 /// The capability that is a second door to the registers (4.1.4.9), for software that cannot reach BARs.

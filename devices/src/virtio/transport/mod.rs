@@ -24,7 +24,7 @@ use crate::sync::lock;
 
 use super::VirtioDevice;
 use super::queue::MAX_QUEUE_SIZE;
-use capabilities::{PciCfg, REGISTERS_BAR, SHARED_MEMORY_BAR};
+use capabilities::{PciCfg, REGISTERS_BAR, SHARED_MEMORY_BAR, SharedMemoryCap};
 use common::CommonConfiguration;
 use signals::Signals;
 
@@ -81,8 +81,9 @@ pub struct VirtioPci {
     msix: Arc<Msix>,
     /// Offset of the MSI-X capability.
     msix_capability: u16,
-    /// Offset of the PCI_CFG capability.
     pci_cfg: PciCfg,
+    /// What tells how long the shared memory is.
+    shared_memory: Option<SharedMemoryCap>,
     common: CommonConfiguration,
     signals: Arc<Signals>,
     window: Option<Arc<dyn WindowSlot>>,
@@ -127,6 +128,7 @@ impl VirtioPci {
         let msix_capability = capabilities::add_msix(&mut configuration, &msix)?;
         capabilities::add_registers(&mut configuration, sizes.len() as u32)?;
         let shared = device.shared_memory();
+        let mut shared_memory = None;
         if let Some(shared) = &shared {
             let size = shared.size.checked_next_power_of_two();
             let size = size.filter(|size| shared.size >= 4096 && *size < 1 << 52);
@@ -136,7 +138,9 @@ impl VirtioPci {
                 prefetchable: true,
                 size: size.ok_or(TransportError::SharedMemory(shared.size))?,
             })?;
-            capabilities::add_shared_memory(&mut configuration, shared.id, shared.size)?;
+            let capability = SharedMemoryCap::add(&mut configuration, shared.id)?;
+            capability.set_length(&mut configuration, device.read_shared_memory_size());
+            shared_memory = Some(capability);
         }
         let pci_cfg = PciCfg::add(&mut configuration)?;
         let signals = Arc::new(Signals::new(msix.clone(), sizes.len()));
@@ -147,6 +151,7 @@ impl VirtioPci {
             msix,
             msix_capability,
             pci_cfg,
+            shared_memory,
             common,
             signals,
             window: shared.map(|shared| shared.slot),
@@ -222,7 +227,16 @@ impl PciFunction for VirtioPci {
                 self.pci_cfg.store(&mut lock(&self.configuration), target);
             }
         }
-        lock(&self.configuration).read(offset, data);
+        let length = self
+            .shared_memory
+            .as_ref()
+            .filter(|capability| capability.begins_length(offset, data.len()))
+            .map(|capability| (capability, self.device.read_shared_memory_size()));
+        let mut configuration = lock(&self.configuration);
+        if let Some((capability, length)) = length {
+            capability.set_length(&mut configuration, length);
+        }
+        configuration.read(offset, data);
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {

@@ -101,13 +101,15 @@ fn a_driver_reads_the_tag_and_the_number_of_queues() {
 #[test]
 fn the_window_is_shared_memory_number_zero() {
     let slot = Arc::new(crate::pci::testing::Slot::default());
-    let window = Window { size: 6 << 20, slot: slot.clone() };
+    let window = crate::dax::Window::new(6 << 20).unwrap();
+    let window = Window { dax: Arc::new(window), slot: slot.clone() };
     let config = Config::new("share", 1).unwrap();
     let device = FsDevice::new(config, Arc::new(Echo::default()), Some(window)).unwrap();
     let driver = Driver::new(Arc::new(device));
     let area = driver.find(8).unwrap();
     assert_eq!((area.bar, area.id, area.offset, area.len), (4, 0, 0, 6 << 20));
     assert_eq!(slot.places(), [Some(MMIO64)]);
+    assert_eq!(driver.offered() & VIRTIO_FS_F_WINDOW_GROWS, 0, "it cannot grow");
 }
 
 #[test]

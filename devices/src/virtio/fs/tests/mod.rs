@@ -3,3 +3,4 @@
 mod device;
 mod frames;
 mod queue;
+mod window;
