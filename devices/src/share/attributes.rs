@@ -134,7 +134,7 @@ impl Share {
     }
 
     fn attr_out(&self, file: impl AsFd) -> Result<AttrOut> {
-        let timeout = self.options.timeout();
+        let timeout = self.options.timeouts().attributes;
         Ok(AttrOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
@@ -161,7 +161,7 @@ impl Share {
     pub(super) fn get_statx(&self, caller: Caller, fh: Option<u64>) -> Result<StatxOut> {
         let inode = self.node(caller, fh)?;
         let stat = host::stat(self.file(&inode)?)?;
-        let timeout = self.options.timeout();
+        let timeout = self.options.timeouts().attributes;
         // STATX_BASIC_STATS and STATX_BTIME, the fields that fuse_statx has.
         let known = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
         Ok(StatxOut {

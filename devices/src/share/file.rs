@@ -4,13 +4,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek};
 
+use super::Share;
 use super::attributes::is_on_overlay;
 use super::identity::WithoutFsetid;
 use super::inode::Held;
-use super::{CachePolicy, Share};
 use crate::fuse::abi::{
-    CopyFileRangeIn, FOPEN_CACHE_DIR, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FallocateIn, IoctlIn,
-    Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn,
+    CopyFileRangeIn, FallocateIn, IoctlIn, Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE,
+    WRITE_KILL_SUIDGID, WriteIn,
 };
 use crate::fuse::{Caller, Errno, Payload, Result};
 
@@ -75,24 +75,14 @@ impl Share {
     pub(super) fn add_open_file(&self, nodeid: u64, fd: OwnedFd, flags: OFlags) -> Result<OpenOut> {
         let writable = flags & OFlags::ACCMODE != OFlags::RDONLY;
         let fh = self.handles.add_file(nodeid, fd, writable)?;
-        let open_flags = match self.options.cache {
-            CachePolicy::Never | CachePolicy::Metadata => FOPEN_DIRECT_IO,
-            CachePolicy::Auto => 0,
-            CachePolicy::Always => FOPEN_KEEP_CACHE,
-        };
-        Ok(OpenOut { fh, open_flags, passthrough: 0 })
+        Ok(OpenOut { fh, open_flags: self.options.file_open_flags(), passthrough: 0 })
     }
 
     pub(super) fn open_directory(&self, caller: Caller) -> Result<OpenOut> {
         let inode = self.directory(caller.nodeid)?;
         let fd = self.host.reopen(self.file(&inode)?, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let fh = self.handles.add_directory(caller.nodeid, fd)?;
-        let open_flags = match self.options.cache {
-            CachePolicy::Never => 0,
-            CachePolicy::Auto => FOPEN_CACHE_DIR,
-            CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
-        };
-        Ok(OpenOut { fh, open_flags, passthrough: 0 })
+        Ok(OpenOut { fh, open_flags: self.options.directory_open_flags(), passthrough: 0 })
     }
 
     /// READ. A short count is the end of the file to the guest, so it is only cut to the room there is.

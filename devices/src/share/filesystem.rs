@@ -32,7 +32,7 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
-        self.find(&self.directory(caller.nodeid)?, name)
+        self.look_up(&self.directory(caller.nodeid)?, name)
     }
 
     fn forget(&self, nodeid: u64, count: u64) {

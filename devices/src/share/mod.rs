@@ -35,7 +35,7 @@ use std::io;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
 
-pub use options::{CachePolicy, DaxPolicy, Options};
+pub use options::{CachePolicy, DaxPolicy, Options, Timeouts};
 
 use handle::Handles;
 use host::Host;

@@ -30,13 +30,22 @@ impl Share {
         Ok(inode)
     }
 
-    /// Finds an entry and counts a lookup of it.
-    pub(super) fn find(&self, directory: &Arc<Inode>, name: &CStr) -> Result<EntryOut> {
+    /// LOOKUP. That there is no such entry is an answer that the guest may keep when it is not an error:
+    /// node id 0 and for how long (`fuse_lookup_name`, fs/fuse/dir.c).
+    pub(super) fn look_up(&self, directory: &Arc<Inode>, name: &CStr) -> Result<EntryOut> {
+        let negative = self.options.timeouts().negative;
         let file = self.file(directory)?;
-        self.find_in(directory, &file, name)
+        match self.find_in(directory, &file, name) {
+            Err(Errno::NOENT) if !negative.is_zero() => Ok(EntryOut {
+                entry_valid: negative.as_secs(),
+                entry_valid_nsec: negative.subsec_nanos(),
+                ..EntryOut::default()
+            }),
+            found => found,
+        }
     }
 
-    /// The same, with a descriptor of the directory at hand.
+    /// Finds an entry and counts a lookup of it. `file` is the directory's.
     pub(super) fn find_in(
         &self,
         directory: &Arc<Inode>,
@@ -53,15 +62,15 @@ impl Share {
         let closed = crosses && pseudo::is_pseudo(&fd)?;
         let inode = self.inodes.remember(fd, &stat, closed)?;
         let mounted = crosses && self.options.submounts && inode.is_directory();
-        let timeout = self.options.timeout();
+        let timeouts = self.options.timeouts();
         Ok(EntryOut {
             nodeid: inode.nodeid,
             // The node id has its generation inside, and is never given out twice.
             generation: 0,
-            entry_valid: timeout.as_secs(),
-            attr_valid: timeout.as_secs(),
-            entry_valid_nsec: timeout.subsec_nanos(),
-            attr_valid_nsec: timeout.subsec_nanos(),
+            entry_valid: timeouts.entry.as_secs(),
+            attr_valid: timeouts.attributes.as_secs(),
+            entry_valid_nsec: timeouts.entry.subsec_nanos(),
+            attr_valid_nsec: timeouts.attributes.subsec_nanos(),
             attr: self.attr(&stat, if mounted { ATTR_SUBMOUNT } else { 0 }),
         })
     }

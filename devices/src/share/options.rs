@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
 
-/// How long the guest may trust what it was told.
+use crate::fuse::abi::{FOPEN_CACHE_DIR, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE};
+
+/// How long the guest may trust what it was told. The README has the promises of each in a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CachePolicy {
     /// Nothing is cached: every read is the host's, every name is looked up anew.
@@ -32,6 +34,17 @@ pub enum DaxPolicy {
     Always,
 }
 
+/// For how long the guest may keep what it was told of names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// That a name is there, and which file it is.
+    pub entry: Duration,
+    /// The attributes of a file.
+    pub attributes: Duration,
+    /// That a name is not there. With zero the guest is not even told in a form that it could keep.
+    pub negative: Duration,
+}
+
 /// The options of a share.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -41,10 +54,17 @@ pub struct Options {
     pub read_only: bool,
     /// How long the guest may trust what it was told.
     pub cache: CachePolicy,
+    /// Instead of the policy's own [`Timeouts::entry`].
+    pub entry_timeout: Option<Duration>,
+    /// Instead of the policy's own [`Timeouts::attributes`].
+    pub attr_timeout: Option<Duration>,
+    /// Instead of the policy's own [`Timeouts::negative`].
+    pub negative_timeout: Option<Duration>,
     /// Which files are mapped through the window.
     pub dax: DaxPolicy,
-    /// Whether the guest may collect writes in its page cache. For a directory that only this guest
-    /// changes. Not with [`CachePolicy::Never`] and [`CachePolicy::Metadata`].
+    /// Whether the guest may collect writes in its page cache. It then believes its own sizes and times, so
+    /// this is for a directory that nobody else changes. Not with [`CachePolicy::Never`] and
+    /// [`CachePolicy::Metadata`].
     pub writeback: bool,
     /// Whether there are extended attributes: `user.*`, `trusted.*` and `security.capability`.
     pub xattr: bool,
@@ -65,6 +85,9 @@ pub struct Options {
     pub max_handles: Option<usize>,
 }
 
+/// The kernel has no "for ever" that does not overflow somewhere.
+const DAY: Duration = Duration::from_secs(86400);
+
 impl Options {
     /// The defaults for a directory: writable, `cache=auto`, `dax=inode`, no extended attributes.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
@@ -72,6 +95,9 @@ impl Options {
             directory: directory.into(),
             read_only: false,
             cache: CachePolicy::default(),
+            entry_timeout: None,
+            attr_timeout: None,
+            negative_timeout: None,
             dax: DaxPolicy::default(),
             writeback: false,
             xattr: false,
@@ -84,12 +110,20 @@ impl Options {
     }
 
     /// For how long names and attributes are valid.
-    pub fn timeout(&self) -> Duration {
-        match self.cache {
-            CachePolicy::Never => Duration::ZERO,
-            CachePolicy::Auto => Duration::from_secs(1),
-            // A day: the kernel has no "for ever" that does not overflow somewhere.
-            CachePolicy::Metadata | CachePolicy::Always => Duration::from_secs(86400),
+    ///
+    /// With [`CachePolicy::Auto`] a missing name is asked for anew each time: a program that looks whether
+    /// somebody else left a lock or a journal there gets the answer of now. That a name is there may safely
+    /// be a second old: who then opens it, finds out.
+    pub fn timeouts(&self) -> Timeouts {
+        let (names, negative) = match self.cache {
+            CachePolicy::Never => (Duration::ZERO, Duration::ZERO),
+            CachePolicy::Auto => (Duration::from_secs(1), Duration::ZERO),
+            CachePolicy::Metadata | CachePolicy::Always => (DAY, DAY),
+        };
+        Timeouts {
+            entry: self.entry_timeout.unwrap_or(names),
+            attributes: self.attr_timeout.unwrap_or(names),
+            negative: self.negative_timeout.unwrap_or(negative),
         }
     }
 
@@ -101,6 +135,27 @@ impl Options {
     /// Whether the guest may collect writes. It cannot where it does not cache data.
     pub(super) fn writeback(&self) -> bool {
         self.writeback && !self.direct_io() && !self.read_only
+    }
+
+    /// `FOPEN_*` of a file that is opened.
+    pub(super) fn file_open_flags(&self) -> u32 {
+        match self.cache {
+            CachePolicy::Never | CachePolicy::Metadata => FOPEN_DIRECT_IO,
+            // The guest throws away what it has of the file when it is opened: what one closed is what the
+            // next one to open reads, on whichever side.
+            CachePolicy::Auto => 0,
+            CachePolicy::Always => FOPEN_KEEP_CACHE,
+        }
+    }
+
+    /// `FOPEN_*` of a directory that is opened. Without `FOPEN_KEEP_CACHE` the listing is kept for as long as
+    /// the directory is open, and each opendir(3) reads a new one.
+    pub(super) fn directory_open_flags(&self) -> u32 {
+        match self.cache {
+            CachePolicy::Never => 0,
+            CachePolicy::Auto => FOPEN_CACHE_DIR,
+            CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
+        }
     }
 
     /// The most nodes and the most handles.

@@ -2,6 +2,7 @@
 
 mod check;
 mod run;
+mod share;
 mod values;
 
 use std::process::ExitCode;
@@ -11,7 +12,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 pub use self::run::RunArgs;
-pub use self::values::{Cache, ConsoleTarget, InitrdSource, ShareOptions};
+pub use self::share::ShareOptions;
+pub use self::values::{ConsoleTarget, InitrdSource};
 
 /// Exit status of a command line that cannot be understood.
 pub const STATUS_USAGE: u8 = 2;

@@ -6,7 +6,8 @@ use anyhow::Result;
 use clap::Args;
 
 use super::UsageError;
-use super::values::{ConsoleTarget, InitrdSource, RootArg, ShareArg};
+use super::share::{RootArg, ShareArg};
+use super::values::{ConsoleTarget, InitrdSource};
 use crate::machine::memory::MemoryConfig;
 use crate::sandbox;
 
@@ -19,12 +20,29 @@ use crate::sandbox;
 pub struct RunArgs {
     /// Share a host directory: HOST_DIR:GUEST_PATH[:OPTION,...]
     ///
-    /// Options: ro (the host refuses writes); cache=never|metadata|auto|always (what the guest may keep,
-    /// default auto: names and attributes for a second); dax=never|inode|always (which files are mapped
-    /// straight from the host's page cache: none, those that the host picks, or all; default inode);
-    /// window=SIZE (address space for those mappings, a multiple of 2M, default 512M; costs the guest 1/64
-    /// of it in RAM); queues=N (request queues, default one for each CPU); tag=NAME (the device's name in
-    /// the guest).
+    /// Options, separated by commas:
+    ///
+    /// ro: the host refuses writes.
+    ///
+    /// cache=never|metadata|auto|always: what the guest may keep. never: nothing; metadata: names and
+    /// attributes for a day, no data; auto (the default): names and attributes for a second, and data until
+    /// the file is opened again; always: everything for a day, for a directory that nobody else changes.
+    ///
+    /// entry-timeout=TIME, attr-timeout=TIME, negative-timeout=TIME: for how long the guest may believe that
+    /// a name is there, what a file's attributes are, and that a name is not there, instead of what the
+    /// cache mode says; a number and ms, s, m, h or d.
+    ///
+    /// writeback: the guest collects writes in its own memory; only with cache=always.
+    ///
+    /// dev: the guest may make device nodes, which are the host's devices to those who open them there.
+    ///
+    /// dax=never|inode|always: which files are mapped straight from the host's page cache: none, those that
+    /// the host picks (the default), or all.
+    ///
+    /// window=SIZE: address space for those mappings, a multiple of 2M, default 512M; costs the guest 1/64 of
+    /// it in RAM.
+    ///
+    /// queues=N: request queues, default one for each CPU. tag=NAME: the device's name in the guest.
     #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]
     pub shares: Vec<ShareArg>,
 

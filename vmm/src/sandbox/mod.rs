@@ -17,7 +17,7 @@ use std::sync::mpsc::channel;
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
-use devices::share::{self, CachePolicy, DaxPolicy, Share};
+use devices::share::{self, DaxPolicy, Share};
 use devices::virtio::fs;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -26,7 +26,7 @@ use self::link::{Link, Sink, forward_input};
 use self::plan::PlannedShare;
 use self::streams::{Console, Notifier, Tail, duplicate};
 use self::supervisor::{Outcome, Progress, Signals, Supervisor};
-use crate::cli::{Cache, ConsoleTarget, RunArgs, UsageError};
+use crate::cli::{ConsoleTarget, RunArgs, UsageError};
 use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::{host, kernel};
 
@@ -177,12 +177,12 @@ fn add_share(
     served.max_handles = Some(limits.handles);
     // overlayfs refuses a lower directory that would be mounted on first use.
     served.submounts = !options.overlay;
-    served.cache = match options.cache {
-        Cache::Never => CachePolicy::Never,
-        Cache::Metadata => CachePolicy::Metadata,
-        Cache::Auto => CachePolicy::Auto,
-        Cache::Always => CachePolicy::Always,
-    };
+    served.cache = options.cache;
+    served.entry_timeout = options.entry_timeout;
+    served.attr_timeout = options.attr_timeout;
+    served.negative_timeout = options.negative_timeout;
+    served.writeback = options.writeback;
+    served.device_nodes = options.device_nodes;
     served.dax = match options.dax {
         Dax::Never => DaxPolicy::Never,
         Dax::Inode => DaxPolicy::Inode,

@@ -1,5 +1,4 @@
 use super::*;
-use crate::share::CachePolicy;
 
 fn content(guest: &Guest) -> Vec<u8> {
     std::fs::read(guest.path().join("file")).unwrap()
@@ -118,27 +117,6 @@ fn appends_go_to_the_end_as_it_is_on_the_host() {
     assert_eq!(guest.write_with(node, fh, 0, b"ONE", flags, WRITE_CACHE).error, 0);
     assert_eq!(guest.write_with(node, fh, 4, b"TWO", 0, WRITE_CACHE).error, 0);
     assert_eq!(content(&guest), b"ONE TWO three");
-}
-
-#[test]
-fn open_tells_the_guest_what_it_may_cache() {
-    for (cache, file_flags, dir_flags, seconds) in [
-        (CachePolicy::Never, FOPEN_DIRECT_IO, 0, 0),
-        (CachePolicy::Metadata, FOPEN_DIRECT_IO, FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE, 86400),
-        (CachePolicy::Auto, 0, FOPEN_CACHE_DIR, 1),
-        (CachePolicy::Always, FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE, 86400),
-    ] {
-        let guest = Guest::with(|options| options.cache = cache);
-        let node = file(&guest, b"");
-        let open: OpenOut = guest.open(node, libc::O_RDONLY).get();
-        assert_eq!(open.open_flags, file_flags, "{cache:?}");
-        let body = OpenIn::default();
-        let open: OpenOut = guest.call(Opcode::Opendir, ROOT_ID, &[body.as_slice()]).get();
-        assert_eq!(open.open_flags, dir_flags, "{cache:?}");
-        let entry: EntryOut = guest.lookup(ROOT_ID, "file").get();
-        assert_eq!((entry.entry_valid, entry.attr_valid), (seconds, seconds));
-        assert_eq!(guest.getattr(node).get::<AttrOut>().attr_valid, seconds);
-    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The share as a guest sees it: raw requests over a temporary directory.
 
 mod attributes;
+mod caching;
 mod directories;
 mod escapes;
 mod files;

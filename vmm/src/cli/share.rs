@@ -1,0 +1,302 @@
+//! The values of `--share` and `--root`.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use devices::share::CachePolicy;
+use oriel_init::protocol::Dax;
+
+use super::values::{duration, size_in_units};
+
+/// Length of a tag (virtio 1.3, 5.11.4).
+const TAG_MAX: usize = 36;
+/// Window of a share that names none. The guest spends 1/64 of it as bookkeeping in its own RAM.
+const WINDOW_DEFAULT: u64 = 512 << 20;
+/// More queues than this would each cost a thread and an interrupt without a vCPU to use them.
+const QUEUES_MAX: u16 = 64;
+
+/// What follows the paths of `--share` and `--root`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareOptions {
+    /// The host refuses writes.
+    pub read_only: bool,
+    /// Name of the virtio-fs device; chosen when not given.
+    pub tag: Option<String>,
+    /// What the guest may keep.
+    pub cache: CachePolicy,
+    /// For how long it may believe that a name is there; the cache mode says when not given.
+    pub entry_timeout: Option<Duration>,
+    /// For how long it may believe attributes.
+    pub attr_timeout: Option<Duration>,
+    /// For how long it may believe that a name is not there.
+    pub negative_timeout: Option<Duration>,
+    /// The guest collects writes.
+    pub writeback: bool,
+    /// The guest may make device nodes.
+    pub device_nodes: bool,
+    /// Which files the guest maps.
+    pub dax: Dax,
+    /// Bytes of the DAX window; 0 with `dax=never`.
+    pub window: u64,
+    /// Request queues; as many as vCPUs when not given.
+    pub queues: Option<u16>,
+    /// Root only: writes stay in the guest.
+    pub overlay: bool,
+}
+
+impl ShareOptions {
+    fn parse(text: &str, root: bool) -> Result<Self, String> {
+        let mut options = Self {
+            read_only: false,
+            tag: None,
+            cache: CachePolicy::default(),
+            entry_timeout: None,
+            attr_timeout: None,
+            negative_timeout: None,
+            writeback: false,
+            device_nodes: false,
+            dax: Dax::Inode,
+            window: WINDOW_DEFAULT,
+            queues: None,
+            overlay: false,
+        };
+        let mut window = None;
+        for option in text.split(',').filter(|option| !option.is_empty()) {
+            let (key, value) = option.split_once('=').unwrap_or((option, ""));
+            // So that the message names the option, not only what is wrong with its value.
+            let named = |message: String| format!("{key}=: {message}");
+            let time = || duration(value).map_err(named).map(Some);
+            match (key, value) {
+                ("ro", "") => options.read_only = true,
+                ("rw", "") => options.read_only = false,
+                ("overlay", "") if root => options.overlay = true,
+                ("writeback", "") => options.writeback = true,
+                ("dev", "") => options.device_nodes = true,
+                ("tag", tag) => options.tag = Some(parse_tag(tag)?),
+                ("cache", mode) => options.cache = parse_cache(mode)?,
+                ("entry-timeout", _) => options.entry_timeout = time()?,
+                ("attr-timeout", _) => options.attr_timeout = time()?,
+                ("negative-timeout", _) => options.negative_timeout = time()?,
+                ("dax", mode) => options.dax = parse_dax(mode)?,
+                ("window", size) => window = Some(size_in_units(size).map_err(named)?),
+                ("queues", count) => options.queues = Some(parse_queues(count)?),
+                _ => {
+                    let overlay = if root { "overlay, " } else { "" };
+                    return Err(format!(
+                        "{option:?} is no option of a share; write ro, rw, {overlay}dev, writeback, tag=, \
+                         cache=, entry-timeout=, attr-timeout=, negative-timeout=, dax=, window= or queues="
+                    ));
+                }
+            }
+        }
+        options.window = match (options.dax, window) {
+            (Dax::Never, Some(_)) => {
+                return Err("a window is of no use with dax=never; leave one of the two".into());
+            }
+            (Dax::Never, None) => 0,
+            (_, window) => window.unwrap_or(options.window),
+        };
+        options.check()?;
+        Ok(options)
+    }
+
+    /// What contradicts itself.
+    fn check(&self) -> Result<(), String> {
+        if self.overlay && self.read_only {
+            return Err(
+                "an overlay is for writing and ro is against it; leave one of the two".into()
+            );
+        }
+        let (read_only, why) = match self.overlay {
+            true => (true, "overlay"),
+            false => (self.read_only, "ro"),
+        };
+        if self.writeback && read_only {
+            return Err(format!(
+                "writeback: nothing is written to a share with {why}; leave one of the two"
+            ));
+        }
+        if self.device_nodes && read_only {
+            return Err(format!(
+                "dev: nothing is made on a share with {why}; leave one of the two"
+            ));
+        }
+        if self.writeback && self.cache != CachePolicy::Always {
+            return Err("writeback: the guest then goes by its own sizes and times, so nobody else may change \
+                        the directory; say so with cache=always, or leave writeback"
+                .into());
+        }
+        Ok(())
+    }
+}
+
+fn parse_tag(tag: &str) -> Result<String, String> {
+    let printable = tag.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',');
+    if tag.is_empty() || tag.len() > TAG_MAX || !printable {
+        return Err(format!("{tag:?} is no tag; write 1 to {TAG_MAX} printable characters"));
+    }
+    Ok(tag.into())
+}
+
+fn parse_cache(mode: &str) -> Result<CachePolicy, String> {
+    match mode {
+        "never" => Ok(CachePolicy::Never),
+        "metadata" => Ok(CachePolicy::Metadata),
+        "auto" => Ok(CachePolicy::Auto),
+        "always" => Ok(CachePolicy::Always),
+        _ => Err(format!("{mode:?} is no cache mode; write never, metadata, auto or always")),
+    }
+}
+
+fn parse_dax(mode: &str) -> Result<Dax, String> {
+    match mode {
+        "never" => Ok(Dax::Never),
+        "inode" => Ok(Dax::Inode),
+        "always" => Ok(Dax::Always),
+        _ => Err(format!("{mode:?} is no DAX mode; write never, inode or always")),
+    }
+}
+
+fn parse_queues(count: &str) -> Result<u16, String> {
+    let queues = count.parse().ok().filter(|queues| (1..=QUEUES_MAX).contains(queues));
+    queues.ok_or_else(|| format!("{count:?} is no number of queues; write 1 to {QUEUES_MAX}"))
+}
+
+/// The value of `--share`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareArg {
+    /// The host's directory.
+    pub host: PathBuf,
+    /// Where the guest sees it.
+    pub guest: String,
+    /// How.
+    pub options: ShareOptions,
+}
+
+impl FromStr for ShareArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.splitn(3, ':');
+        let (host, guest) = match (parts.next(), parts.next()) {
+            (Some(host), Some(guest)) if !host.is_empty() && !guest.is_empty() => (host, guest),
+            _ => return Err("write HOST_DIR:GUEST_PATH[:OPTION,…]".into()),
+        };
+        let absolute = guest.starts_with('/') && guest != "/";
+        if !absolute || Path::new(guest).components().any(|part| part.as_os_str() == "..") {
+            return Err(format!(
+                "the guest path {guest:?} is not absolute, or is / (that is --root), or goes through .."
+            ));
+        }
+        let options = ShareOptions::parse(parts.next().unwrap_or(""), false)?;
+        Ok(Self { host: host.into(), guest: guest.into(), options })
+    }
+}
+
+/// The value of `--root`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootArg {
+    /// The host's directory.
+    pub host: PathBuf,
+    /// How.
+    pub options: ShareOptions,
+}
+
+impl FromStr for RootArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // A comma does as well as a colon: there is no guest path to set apart.
+        let (host, options) = text.split_once([':', ',']).unwrap_or((text, ""));
+        if host.is_empty() {
+            return Err("write HOST_DIR[:OPTION,…]".into());
+        }
+        Ok(Self { host: host.into(), options: ShareOptions::parse(options, true)? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(text: &str) -> ShareOptions {
+        format!("a:/b:{text}").parse::<ShareArg>().unwrap().options
+    }
+
+    #[test]
+    fn a_share_is_two_paths_and_options() {
+        let share: ShareArg = "./src:/src".parse().unwrap();
+        assert_eq!((share.host.as_path(), share.guest.as_str()), (Path::new("./src"), "/src"));
+        assert_eq!(share.options.dax, Dax::Inode);
+        assert_eq!(share.options.cache, CachePolicy::Auto);
+        let expected = ShareOptions {
+            read_only: true,
+            tag: Some("t".into()),
+            cache: CachePolicy::Never,
+            dax: Dax::Always,
+            window: 4 << 20,
+            queues: Some(2),
+            ..options("")
+        };
+        assert_eq!(options("ro,tag=t,cache=never,dax=always,window=4M,queues=2"), expected);
+        assert_eq!(options("dax=never").window, 0);
+    }
+
+    #[test]
+    fn caching_is_a_mode_and_three_times() {
+        let plain = options("");
+        assert_eq!(
+            (plain.entry_timeout, plain.attr_timeout, plain.negative_timeout),
+            (None, None, None)
+        );
+        let timed = options("cache=never,entry-timeout=2s,attr-timeout=500ms,negative-timeout=0");
+        assert_eq!(timed.entry_timeout, Some(Duration::from_secs(2)));
+        assert_eq!(timed.attr_timeout, Some(Duration::from_millis(500)));
+        assert_eq!(timed.negative_timeout, Some(Duration::ZERO));
+        assert!(options("cache=always,writeback,dev").writeback);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_share_is_said() {
+        for (text, hint) in [
+            ("a", "HOST_DIR:GUEST_PATH"),
+            (":/b", "HOST_DIR:GUEST_PATH"),
+            ("a:b", "absolute"),
+            ("a:/", "--root"),
+            ("a:/b/../..", ".."),
+            ("a:/b:rx", "rx"),
+            ("a:/b:overlay", "overlay"),
+            ("a:/b:window=3M", "2 MiB"),
+            ("a:/b:window=0", "2 MiB"),
+            ("a:/b:window=4M,dax=never", "dax=never"),
+            ("a:/b:queues=0", "queues"),
+            ("a:/b:tag=", "tag"),
+            ("a:/b:cache=some", "cache"),
+            ("a:/b:dax=on", "DAX"),
+            ("a:/b:entry-timeout=1", "entry-timeout"),
+            ("a:/b:attr-timeout=", "attr-timeout"),
+            ("a:/b:negative-timeout=-1s", "negative-timeout"),
+            ("a:/b:writeback", "cache=always"),
+            ("a:/b:writeback,cache=never", "cache=always"),
+            ("a:/b:writeback,cache=always,ro", "with ro"),
+            ("a:/b:dev,ro", "with ro"),
+            ("a:/b:dev=1", "dev=1"),
+        ] {
+            let error = text.parse::<ShareArg>().unwrap_err();
+            assert!(error.contains(hint) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_root_takes_a_colon_or_a_comma() {
+        for text in ["/:overlay", "/,overlay"] {
+            let root: RootArg = text.parse().unwrap();
+            assert!(root.options.overlay);
+            assert_eq!(root.host, Path::new("/"));
+        }
+        for wrong in ["/:overlay,ro", "/:overlay,dev", "/:overlay,cache=always,writeback"] {
+            assert!(wrong.parse::<RootArg>().is_err(), "{wrong}");
+        }
+    }
+}
