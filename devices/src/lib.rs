@@ -11,8 +11,8 @@
 //! - [`dax`]: the DAX **window** (a host reservation into which file pages are mapped);
 //! - [`share`]: the **share** (a host directory served safely; knows no virtio);
 //! - [`bus`], [`pci`]: how the guest reaches a device;
-//! - [`virtio`]: queues and transport, and the devices: [`virtio::fs`], which joins all of the above, and
-//!   [`virtio::console`];
+//! - [`virtio`]: queues and transport, and the devices: [`virtio::fs`], which joins all of the above,
+//!   [`virtio::console`] and [`virtio::vsock`];
 //! - [`serial`], [`power`]: the two legacy devices a guest needs.
 
 pub mod bus;

@@ -243,6 +243,58 @@ impl<'m> GuestBuffer<'m> {
         })
     }
 
+    /// Receives up to `len` bytes of a stream socket straight into the buffer at `offset`, by one system call
+    /// that does not wait, and says how many came; 0 is the end of the stream. A window page that is gone is
+    /// `EFAULT`. File descriptors that the peer passes along are closed.
+    ///
+    /// # Errors
+    ///
+    /// The host's errno, `WouldBlock` when nothing is there; `EINVAL` when the range is not inside the buffer.
+    pub fn receive(&self, offset: usize, len: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        self.exchange(offset, len, |message| {
+            // SAFETY: the vectors in the message describe memory that outlives `self`, as in
+            // `read_from_file`; there is no name and no ancillary buffer in it.
+            unsafe { libc::recvmsg(socket.as_raw_fd(), message, libc::MSG_DONTWAIT) }
+        })
+    }
+
+    /// Sends up to `len` bytes of the buffer at `offset` to a stream socket, by one system call that does not
+    /// wait and raises no signal, and says how many went.
+    ///
+    /// # Errors
+    ///
+    /// The host's errno, `WouldBlock` when there is no room; `EINVAL` when the range is not inside the buffer.
+    pub fn send(&self, offset: usize, len: usize, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        self.exchange(offset, len, |message| {
+            // SAFETY: as in `receive`; the kernel only reads from the vectors.
+            unsafe { libc::sendmsg(socket.as_raw_fd(), message, flags) }
+        })
+    }
+
+    /// Makes one `call`, again only when a signal came between.
+    fn exchange(
+        &self,
+        offset: usize,
+        len: usize,
+        call: impl Fn(*mut libc::msghdr) -> isize,
+    ) -> io::Result<usize> {
+        let mut vectors = self.vectors(offset, len)?;
+        // SAFETY: all zeros is a message without a name, vectors or ancillary data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = vectors.as_mut_ptr();
+        message.msg_iovlen = vectors.len();
+        loop {
+            if let Ok(count) = usize::try_from(call(&mut message)) {
+                return Ok(count);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
     /// Repeats `call` until `len` bytes are done, nothing more comes, or an error.
     fn transfer(
         &self,
@@ -257,15 +309,7 @@ impl<'m> GuestBuffer<'m> {
                 .checked_add(done as u64)
                 .and_then(|at| i64::try_from(at).ok())
                 .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
-            let vectors: SmallVec<[libc::iovec; INLINE_SEGMENTS]> = self
-                .range(offset + done, len - done)
-                .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?
-                .take(MAX_IO_VECTORS)
-                .map(|segment| libc::iovec {
-                    iov_base: segment.slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: segment.slice.len(),
-                })
-                .collect();
+            let vectors = self.vectors(offset + done, len - done)?;
             let count = call(&vectors, at);
             match usize::try_from(count) {
                 Ok(0) => break,
@@ -283,6 +327,23 @@ impl<'m> GuestBuffer<'m> {
             }
         }
         Ok(done)
+    }
+
+    /// A range as the kernel takes it, cut off where there are too many pieces for one system call.
+    fn vectors(
+        &self,
+        offset: usize,
+        len: usize,
+    ) -> io::Result<SmallVec<[libc::iovec; INLINE_SEGMENTS]>> {
+        let pieces = self
+            .range(offset, len)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?
+            .take(MAX_IO_VECTORS);
+        let vector = |segment: Segment<'m>| libc::iovec {
+            iov_base: segment.slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: segment.slice.len(),
+        };
+        Ok(pieces.map(vector).collect())
     }
 
     /// The pieces of memory behind `len` bytes at `offset`, in order.
@@ -412,6 +473,27 @@ mod tests {
         let mut start = [0; 5];
         file.read_exact(&mut start).unwrap();
         assert_eq!(&start, b"lo wo");
+    }
+
+    #[test]
+    fn socket_data_goes_straight_between_socket_and_pieces() {
+        let memory = two_regions();
+        let mut buffer = GuestBuffer::new();
+        buffer.push(&memory, GuestAddress(0x10), 3).unwrap();
+        buffer.push(&memory, GuestAddress(0x1100), 5).unwrap();
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let would_block = |result: io::Result<usize>| result.unwrap_err().kind();
+        assert_eq!(would_block(buffer.receive(0, 8, ours.as_fd())), io::ErrorKind::WouldBlock);
+        theirs.write_all(b"hello").unwrap();
+        assert_eq!(buffer.receive(1, 7, ours.as_fd()).unwrap(), 5);
+        assert_eq!(buffer.send(2, 4, ours.as_fd()).unwrap(), 4);
+        let mut bytes = [0; 4];
+        theirs.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"ello");
+        assert_eq!(buffer.send(2, 7, ours.as_fd()).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        drop(theirs);
+        assert_eq!(buffer.receive(0, 8, ours.as_fd()).unwrap(), 0);
+        assert_eq!(buffer.send(0, 8, ours.as_fd()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod console;
 pub mod fs;
 pub mod queue;
 pub mod transport;
+pub mod vsock;
 
 #[cfg(test)]
 mod testing;

@@ -258,6 +258,21 @@ impl Queue {
         self.walk(memory, head).map(Some)
     }
 
+    /// Undoes the last [`pop`](Self::pop): the request is the next one again. `head` is its head; nothing
+    /// may have been popped since.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError::NotInFlight`].
+    pub fn put_back(&mut self, head: u16) -> Result<(), QueueError> {
+        match self.in_flight.get_mut(usize::from(head)) {
+            Some(busy @ true) => *busy = false,
+            _ => return Err(QueueError::NotInFlight(head)),
+        }
+        self.ring.go_to_previous_position();
+        Ok(())
+    }
+
     /// Follows a chain and sorts its buffers.
     fn walk<'m>(&self, memory: &'m GuestMemory, head: u16) -> Result<Chain<'m>, QueueError> {
         let mut chain = Chain { head, readable: GuestBuffer::new(), writable: GuestBuffer::new() };

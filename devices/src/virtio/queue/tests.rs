@@ -336,3 +336,22 @@ fn random_rings_are_answered_with_a_chain_or_an_error() {
     }
     assert!(chains > 1000 && errors > 1000, "{chains} {errors}");
 }
+
+#[test]
+fn a_request_that_is_put_back_comes_again() {
+    let mut it = fixture(0);
+    let memory = it.memory.memory();
+    for head in [3, 1] {
+        it.driver.describe(&memory, head, (DATA, 4, WRITE, 0));
+        it.driver.offer(&memory, head);
+    }
+    let first = it.queue.pop(&memory).unwrap().unwrap().head;
+    it.queue.put_back(first).unwrap();
+    assert_eq!(it.queue.put_back(first), Err(QueueError::NotInFlight(first)));
+    for head in [3, 1] {
+        assert_eq!(it.queue.pop(&memory).unwrap().unwrap().head, head);
+        it.queue.complete(&memory, head, 0).unwrap();
+        assert_eq!(it.driver.take_used(&memory), Some((head.into(), 0)));
+    }
+    assert_eq!(it.queue.put_back(8), Err(QueueError::NotInFlight(8)));
+}
