@@ -70,6 +70,8 @@ bitflags! {
         const PARALLEL_DIROPS = 1 << 18;
         /// `init_out.max_pages` counts.
         const MAX_PAGES = 1 << 22;
+        /// The guest asks for ACLs as extended attributes and decides by them.
+        const POSIX_ACL = 1 << 20;
         /// READLINK replies may be cached.
         const CACHE_SYMLINKS = 1 << 23;
         /// `init_out.map_alignment` counts.
@@ -78,12 +80,19 @@ bitflags! {
         const SUBMOUNTS = 1 << 27;
         /// The server clears suid, sgid and capabilities, for callers without CAP_FSETID.
         const HANDLE_KILLPRIV_V2 = 1 << 28;
+        /// SETXATTR has flags of its own.
+        const SETXATTR_EXT = 1 << 29;
         /// There is a `flags2`.
         const INIT_EXT = 1 << 30;
         /// `ATTR_DAX` of a file's attributes counts.
         const HAS_INODE_DAX = 1 << 33;
+        /// Requests that make files name the supplementary group that counts for them.
+        const CREATE_SUPP_GROUP = 1 << 34;
         /// A shared mapping of a file with `FOPEN_DIRECT_IO` is allowed.
         const DIRECT_IO_ALLOW_MMAP = 1 << 36;
+        /// The file system may be mounted with other ids than its own (mount_setattr(2)). Ids then stand only
+        /// in requests that make files.
+        const ALLOW_IDMAP = 1 << 40;
     }
 }
 
@@ -136,12 +145,36 @@ pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 pub const WRITE_CACHE: u32 = 1 << 0;
 /// `FUSE_WRITE_KILL_SUIDGID`: the caller may not keep suid and sgid over this write.
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// `FUSE_SETXATTR_ACL_KILL_SGID`: the caller may not keep sgid when this ACL is set.
+pub const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
+/// `FUSE_EXT_GROUPS`: the kind of an extension with supplementary groups.
+pub const EXT_GROUPS: u32 = 32;
 /// `FUSE_FSYNC_FDATASYNC`.
 pub const FSYNC_FDATASYNC: u32 = 1 << 0;
 /// `FUSE_SETUPMAPPING_FLAG_WRITE`.
 pub const SETUPMAPPING_WRITE: u64 = 1 << 0;
 /// `FUSE_SETUPMAPPING_FLAG_READ`.
 pub const SETUPMAPPING_READ: u64 = 1 << 1;
+
+/// `struct fuse_ext_header`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExtHeader {
+    /// Bytes of the extension, this header among them.
+    pub size: u32,
+    /// What it is: `type` of the header file.
+    pub kind: u32,
+}
+
+/// What `struct fuse_setxattr_in` has more with `SETXATTR_EXT`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SetxattrIn2 {
+    /// `SETXATTR_*`.
+    pub setxattr_flags: u32,
+    /// Unused.
+    pub padding: u32,
+}
 
 /// `struct fuse_syncfs_in`.
 #[repr(C)]
@@ -226,12 +259,18 @@ pub struct StatxOut {
 /// Declares structs of integers without padding to be readable from and writable to raw bytes.
 #[expect(unsafe_code, reason = "ByteValued is an unsafe trait")]
 mod plain {
-    use super::{ByteValued, StatxIn, StatxOut, SyncfsIn};
+    use super::{ByteValued, ExtHeader, SetxattrIn2, StatxIn, StatxOut, SyncfsIn};
 
     // SAFETY: `repr(C)`, integers only, so every bit pattern is valid; there is no padding, because the
     // sizes below are the sums of the fields' sizes.
     unsafe impl ByteValued for SyncfsIn {}
     const _: () = assert!(size_of::<SyncfsIn>() == 8);
+    // SAFETY: as above.
+    unsafe impl ByteValued for ExtHeader {}
+    const _: () = assert!(size_of::<ExtHeader>() == 8);
+    // SAFETY: as above.
+    unsafe impl ByteValued for SetxattrIn2 {}
+    const _: () = assert!(size_of::<SetxattrIn2>() == 8);
     // SAFETY: as above.
     unsafe impl ByteValued for StatxIn {}
     const _: () = assert!(size_of::<StatxIn>() == 24);

@@ -7,11 +7,13 @@ use vm_memory::ByteValued;
 use super::abi::{
     AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut, FSYNC_FDATASYNC,
     FallocateIn, FlushIn, ForgetIn, ForgetOne, FsyncIn, GETATTR_FH, GetattrIn, GetxattrIn,
-    GetxattrOut, IN_HEADER, IoctlIn, IoctlOut, LinkIn, LseekIn, LseekOut, MAX_WRITE, MkdirIn,
-    MknodIn, NAME_MAX, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn,
-    SetupmappingIn, SetxattrIn, StatfsOut, StatxIn, SyncfsIn, TARGET_MAX, WriteIn, WriteOut,
+    GetxattrOut, IN_HEADER, InitFlags, IoctlIn, IoctlOut, LinkIn, LseekIn, LseekOut, MAX_WRITE,
+    MkdirIn, MknodIn, NAME_MAX, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, RenameIn,
+    SETXATTR_ACL_KILL_SGID, SetattrIn, SetupmappingIn, SetxattrIn, SetxattrIn2, StatfsOut, StatxIn,
+    SyncfsIn, TARGET_MAX, WriteIn, WriteOut,
 };
 use super::errno::{Errno, Result};
+use super::extension;
 use super::filesystem::{Caller, DirectorySink, Listing, XattrReply};
 use super::opcode::Opcode;
 use super::reply::{Payload, Reply};
@@ -38,6 +40,12 @@ impl Session {
             uid: header.raw.uid,
             gid: header.raw.gid,
             pid: header.raw.pid,
+            group: self.group(opcode, header, &mut body)?,
+            umask: None,
+        };
+        let with_umask = |umask| Caller {
+            umask: self.agreed_on(InitFlags::DONT_MASK).then_some(umask),
+            ..caller
         };
         let done = |result: Result<()>| result.map(|()| 0);
         match opcode {
@@ -74,12 +82,13 @@ impl Session {
             }
             Opcode::Mknod => {
                 let input: MknodIn = body.take()?;
+                let caller = with_umask(input.umask);
                 let made = fs.mknod(caller, body.last_name()?, input.mode, input.rdev);
                 self.entry(made, reply)
             }
             Opcode::Mkdir => {
                 let input: MkdirIn = body.take()?;
-                let made = fs.mkdir(caller, body.last_name()?, input.mode);
+                let made = fs.mkdir(with_umask(input.umask), body.last_name()?, input.mode);
                 self.entry(made, reply)
             }
             Opcode::Unlink => done(fs.unlink(caller, body.last_name()?)),
@@ -104,10 +113,12 @@ impl Session {
             }
             Opcode::Create => {
                 let input: CreateIn = body.take()?;
+                let caller = with_umask(input.umask);
                 self.created(fs.create(caller, body.last_name()?, &input), caller, reply)
             }
             Opcode::Tmpfile => {
                 let input: CreateIn = body.take()?;
+                let caller = with_umask(input.umask);
                 // The name says nothing: Linux sends "/", the name of the dentry before it has one.
                 body.last_string(NAME_MAX)?;
                 self.created(fs.tmpfile(caller, &input), caller, reply)
@@ -161,12 +172,17 @@ impl Session {
             }
             Opcode::Setxattr => {
                 let input: SetxattrIn = body.take()?;
+                let more = match self.agreed_on(InitFlags::SETXATTR_EXT) {
+                    true => body.take()?,
+                    false => SetxattrIn2::default(),
+                };
+                let kill_sgid = more.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0;
                 let name = xattr_name(&mut body)?;
                 let value = body.rest();
                 if value.len() != input.size as usize {
                     return Err(Errno::INVAL);
                 }
-                done(fs.setxattr(caller, name, value, input.flags))
+                done(fs.setxattr(caller, name, value, input.flags, kill_sgid))
             }
             Opcode::Getxattr => {
                 let input: GetxattrIn = body.take()?;
@@ -289,6 +305,24 @@ impl Session {
             self.fs.forget(one.nodeid, one.nlookup);
         }
         Ok(())
+    }
+
+    /// The supplementary group that a request to make a file names behind its body, which ends before it.
+    fn group(
+        &self,
+        opcode: Opcode,
+        header: &Header,
+        body: &mut Decoder<'_>,
+    ) -> Result<Option<u32>> {
+        let makes = matches!(
+            opcode,
+            Opcode::Create | Opcode::Tmpfile | Opcode::Mknod | Opcode::Mkdir | Opcode::Symlink
+        );
+        if !makes || !self.agreed_on(InitFlags::CREATE_SUPP_GROUP) {
+            return Ok(None);
+        }
+        let len = usize::from(header.extension_units()) * extension::UNIT;
+        extension::supplementary_group(body.split_end(len)?)
     }
 
     fn usable_mappings(&self) -> Result<&super::mapping::Mappings> {

@@ -24,6 +24,11 @@ pub struct Caller {
     pub gid: u32,
     /// Process id.
     pub pid: u32,
+    /// A supplementary group of the process that counts for what it makes: the directory's, when the process
+    /// is in it.
+    pub group: Option<u32>,
+    /// The process's umask, where the file system has to apply it to what is made. `None` when the guest has.
+    pub umask: Option<u32>,
 }
 
 /// What a file system wants of the session, asked at every INIT.
@@ -41,6 +46,10 @@ pub struct Preferences {
     pub kill_privileges: bool,
     /// READDIRPLUS exists.
     pub readdirplus: bool,
+    /// ACLs are extended attributes, they give what is made its mode, and ids may be mapped by mounts.
+    pub acl: bool,
+    /// What is made is made as the guest's process, whose groups then count.
+    pub groups: bool,
 }
 
 /// One entry of a listing.
@@ -196,8 +205,16 @@ pub trait FileSystem: Send + Sync {
     /// SYNCFS.
     fn syncfs(&self, caller: Caller) -> Result<()>;
 
-    /// SETXATTR.
-    fn setxattr(&self, caller: Caller, name: &CStr, value: &[u8], flags: u32) -> Result<()>;
+    /// SETXATTR. `flags` are `XATTR_*` of setxattr(2). With `kill_sgid`, an ACL that is set takes the file's
+    /// sgid with it.
+    fn setxattr(
+        &self,
+        caller: Caller,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> Result<()>;
     /// GETXATTR. `size` 0 asks for the length.
     fn getxattr(&self, caller: Caller, name: &CStr, size: u32) -> Result<XattrReply>;
     /// LISTXATTR. `size` 0 asks for the length.

@@ -19,6 +19,15 @@ const CONGESTION_THRESHOLD: u16 = 49149;
 /// Timestamps are exact to the nanosecond.
 const TIME_GRANULARITY: u32 = 1;
 
+/// What comes with ACLs and not without them: a directory's default ACL takes the place of the umask, so the
+/// guest leaves that to the host; a flag of SETXATTR is about ACLs alone; and a guest allows mounts with other
+/// ids only when it decides itself who may do what, which POSIX_ACL says (`process_init_reply`,
+/// fs/fuse/inode.c).
+const WITH_ACL: InitFlags = InitFlags::POSIX_ACL
+    .union(InitFlags::DONT_MASK)
+    .union(InitFlags::SETXATTR_EXT)
+    .union(InitFlags::ALLOW_IDMAP);
+
 /// The reply to an INIT.
 pub(super) struct Negotiated {
     out: InitOut,
@@ -104,11 +113,16 @@ fn agree(offered: InitFlags, wanted: Preferences, window: bool) -> InitFlags {
     want.set(InitFlags::SUBMOUNTS, wanted.submounts);
     want.set(InitFlags::HANDLE_KILLPRIV_V2, wanted.kill_privileges);
     want.set(InitFlags::DIRECT_IO_ALLOW_MMAP, wanted.direct_io);
+    want.set(InitFlags::CREATE_SUPP_GROUP, wanted.groups);
+    want.set(WITH_ACL, wanted.acl);
     want.set(InitFlags::MAP_ALIGNMENT | InitFlags::HAS_INODE_DAX, wanted.dax && window);
     let mut flags = offered & want;
     // The upper half of the flags is only read when this one is set.
     if !flags.contains(InitFlags::INIT_EXT) {
         flags &= InitFlags::from_bits_truncate(u64::from(u32::MAX));
+    }
+    if !flags.contains(InitFlags::POSIX_ACL) {
+        flags.remove(WITH_ACL);
     }
     if !flags.contains(InitFlags::DO_READDIRPLUS) {
         flags.remove(InitFlags::READDIRPLUS_AUTO);

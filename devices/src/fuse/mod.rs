@@ -12,6 +12,7 @@ pub mod abi;
 mod counters;
 mod dispatch;
 mod errno;
+mod extension;
 mod filesystem;
 mod init;
 mod mapping;

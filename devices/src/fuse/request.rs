@@ -25,6 +25,14 @@ pub struct Header {
     pub body: usize,
 }
 
+impl Header {
+    /// `total_extlen`: how many units of 8 bytes at the end of the body are extensions. The header file that
+    /// the struct is from has one field for it and the padding behind it; older guests leave both 0.
+    pub fn extension_units(&self) -> u16 {
+        (self.raw.padding & 0xffff) as u16
+    }
+}
+
 /// Copies the header. What is missing of it reads as zero, so that even a short request can be answered
 /// with the `unique` it named.
 pub fn read_raw_header(buffer: &GuestBuffer<'_>) -> Result<InHeader> {
@@ -82,7 +90,7 @@ impl Body {
 
     /// A reader from the start of the body.
     pub fn decoder(&self) -> Decoder<'_> {
-        Decoder { rest: &self.bytes }
+        Decoder::new(&self.bytes)
     }
 }
 
@@ -92,6 +100,39 @@ pub struct Decoder<'b> {
 }
 
 impl<'b> Decoder<'b> {
+    /// A reader of `bytes` from the start.
+    pub fn new(bytes: &'b [u8]) -> Self {
+        Self { rest: bytes }
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    /// A reader of the next `len` bytes, which this one passes over.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when fewer are left.
+    pub fn split_off(&mut self, len: usize) -> Result<Self> {
+        let (bytes, rest) = self.rest.split_at_checked(len).ok_or(Errno::INVAL)?;
+        self.rest = rest;
+        Ok(Self { rest: bytes })
+    }
+
+    /// A reader of the last `len` bytes, which this one does not reach any more.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when fewer are left.
+    pub fn split_end(&mut self, len: usize) -> Result<Self> {
+        let front = self.rest.len().checked_sub(len).ok_or(Errno::INVAL)?;
+        let mut end = Self { rest: self.rest };
+        *self = end.split_off(front)?;
+        Ok(end)
+    }
+
     /// The next fixed part.
     ///
     /// # Errors
@@ -165,7 +206,7 @@ impl<'b> Decoder<'b> {
     }
 
     fn end(&self) -> Result<()> {
-        if self.rest.is_empty() { Ok(()) } else { Err(Errno::INVAL) }
+        if self.is_empty() { Ok(()) } else { Err(Errno::INVAL) }
     }
 }
 

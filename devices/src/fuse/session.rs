@@ -1,9 +1,9 @@
 //! One guest's use of one file system, from INIT to DESTROY.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::abi::InHeader;
+use super::abi::{InHeader, InitFlags};
 use super::counters::Counters;
 use super::errno::{Errno, Result};
 use super::filesystem::FileSystem;
@@ -24,6 +24,8 @@ pub struct Session {
     pub(super) mappings: Option<Mappings>,
     pub(super) counters: Counters,
     begun: AtomicBool,
+    /// The flags that the last INIT agreed on.
+    agreed: AtomicU64,
 }
 
 impl Session {
@@ -34,6 +36,7 @@ impl Session {
             mappings: window.map(Mappings::new),
             counters: Counters::default(),
             begun: AtomicBool::new(false),
+            agreed: AtomicU64::new(0),
         }
     }
 
@@ -87,6 +90,11 @@ impl Session {
         if let Some(mappings) = &self.mappings {
             mappings.clear(&self.counters);
         }
+    }
+
+    /// Whether a flag was agreed on. Only of use to a request that saw the session begun.
+    pub(super) fn agreed_on(&self, flag: InitFlags) -> bool {
+        InitFlags::from_bits_truncate(self.agreed.load(Ordering::Relaxed)).contains(flag)
     }
 
     /// What the session did so far.
@@ -155,6 +163,7 @@ impl Session {
         if negotiated.begun {
             log::debug!("FUSE session begins: {:?}", negotiated.flags);
             Counters::add(&self.counters.sessions, 1);
+            self.agreed.store(negotiated.flags.bits(), Ordering::Relaxed);
             self.begun.store(true, Ordering::Release);
         }
         Ok(len)

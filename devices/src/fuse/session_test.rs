@@ -24,8 +24,14 @@ fn init_offers_what_the_design_says_and_nothing_more() {
     let guest = Guest::without_init(|_| {}, true);
     let (out, flags) = agreed(&guest, EVERYTHING);
     let all = InitFlags::all();
-    let without =
-        InitFlags::DONT_MASK | InitFlags::WRITEBACK_CACHE | InitFlags::DIRECT_IO_ALLOW_MMAP;
+    let mut without = InitFlags::WRITEBACK_CACHE
+        | InitFlags::DIRECT_IO_ALLOW_MMAP
+        | InitFlags::POSIX_ACL
+        | InitFlags::DONT_MASK
+        | InitFlags::SETXATTR_EXT
+        | InitFlags::ALLOW_IDMAP;
+    // Whose groups would count where everything is made as one user?
+    without.set(InitFlags::CREATE_SUPP_GROUP, !rustix::process::geteuid().is_root());
     assert_eq!(flags, all - without);
     assert_eq!((out.major, out.minor), (7, 40));
     assert_eq!(out.max_write, 1 << 20);
@@ -79,6 +85,47 @@ fn init_follows_the_options() {
     let flags = agreed(&guest, EVERYTHING).1;
     assert!(!flags.contains(InitFlags::WRITEBACK_CACHE));
     assert!(flags.contains(InitFlags::DIRECT_IO_ALLOW_MMAP));
+}
+
+#[test]
+fn init_offers_acls_and_what_comes_with_them_together() {
+    let with = InitFlags::POSIX_ACL
+        | InitFlags::DONT_MASK
+        | InitFlags::SETXATTR_EXT
+        | InitFlags::ALLOW_IDMAP;
+    let guest = Guest::without_init(|options| options.acl = true, false);
+    assert!(agreed(&guest, EVERYTHING).1.contains(with));
+    // Each of the others is only of use to a guest that has ACLs.
+    let (_, flags) = agreed(&guest, EVERYTHING & !InitFlags::POSIX_ACL.bits());
+    assert!(!flags.intersects(with), "{flags:?}");
+    let (_, flags) = agreed(&guest, EVERYTHING & !InitFlags::ALLOW_IDMAP.bits());
+    assert!(flags.contains(with - InitFlags::ALLOW_IDMAP), "{flags:?}");
+    // The upper half has not been offered.
+    let (_, flags) = agreed(&guest, EVERYTHING & !InitFlags::INIT_EXT.bits());
+    assert!(!flags.contains(InitFlags::ALLOW_IDMAP) && flags.contains(InitFlags::POSIX_ACL));
+}
+
+#[test]
+fn each_cache_mode_agrees_on_its_flags() {
+    let cached = InitFlags::WRITEBACK_CACHE;
+    let direct = InitFlags::DIRECT_IO_ALLOW_MMAP;
+    let always =
+        InitFlags::AUTO_INVAL_DATA | InitFlags::PARALLEL_DIROPS | InitFlags::CACHE_SYMLINKS;
+    for (cache, writeback, expected) in [
+        (CachePolicy::Never, true, direct),
+        (CachePolicy::Metadata, true, direct),
+        (CachePolicy::Auto, true, cached),
+        (CachePolicy::Always, true, cached),
+        (CachePolicy::Always, false, InitFlags::empty()),
+    ] {
+        let guest = Guest::without_init(
+            |options| (options.cache, options.writeback) = (cache, writeback),
+            false,
+        );
+        let (_, flags) = agreed(&guest, EVERYTHING);
+        assert_eq!(flags & (cached | direct), expected, "{cache:?}");
+        assert!(flags.contains(always), "{cache:?}");
+    }
 }
 
 #[test]

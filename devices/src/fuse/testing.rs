@@ -10,7 +10,7 @@ use super::opcode::Opcode;
 use super::session::Session;
 use crate::dax::{DaxWindow, Window};
 use crate::memory::GuestBuffer;
-use crate::share::{Options, Share};
+use crate::share::{Options, Share, XattrPolicy};
 
 /// What stands in a reply buffer before the server writes.
 const UNTOUCHED: u8 = 0xa5;
@@ -90,7 +90,7 @@ impl Guest {
         rustix::process::umask(rustix::fs::Mode::empty());
         let directory = tempfile::tempdir().unwrap();
         let mut options = Options::new(directory.path());
-        options.xattr = true;
+        options.xattr = XattrPolicy::On;
         change(&mut options);
         let share = Arc::new(Share::new(options).unwrap());
         let window = window.then(|| Arc::new(Window::new(8 << 20).unwrap()));
@@ -166,6 +166,22 @@ impl Guest {
     pub(crate) fn raw(&self, opcode: u32, nodeid: u64, parts: &[&[u8]]) -> Option<Answer> {
         let mut request = self.frame(opcode, nodeid, parts);
         self.send(&mut request, 0x1122_3344_5566_7788)
+    }
+
+    /// Sends a request with extensions behind its body.
+    pub(crate) fn call_extended(
+        &self,
+        opcode: Opcode,
+        nodeid: u64,
+        parts: &[&[u8]],
+        extension: &[u32],
+    ) -> Answer {
+        let extension: Vec<u8> = extension.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut request = self.frame(opcode as u32, nodeid, &[parts, &[&extension]].concat());
+        // `total_extlen`, in units of 8 bytes.
+        let units = (extension.len() / 8) as u16;
+        request[36..38].copy_from_slice(&units.to_ne_bytes());
+        self.send(&mut request, 0x1122_3344_5566_7788).unwrap()
     }
 
     /// Sends a well-formed request.

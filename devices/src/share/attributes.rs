@@ -11,6 +11,7 @@ use rustix::fs::{
 };
 
 use super::identity::WithoutFsetid;
+use super::ids::{GuestGid, GuestUid, HostGid, HostUid};
 use super::inode::Inode;
 use super::{DaxPolicy, ITSELF, Share, host};
 use crate::fuse::abi::{
@@ -125,8 +126,8 @@ impl Share {
             ctimensec: stat.stx_ctime.tv_nsec,
             mode,
             nlink: stat.stx_nlink,
-            uid: stat.stx_uid,
-            gid: stat.stx_gid,
+            uid: self.options.uids.to_guest(HostUid(stat.stx_uid)).0,
+            gid: self.options.gids.to_guest(HostGid(stat.stx_gid)).0,
             rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
             blksize: stat.stx_blksize,
             flags: flags | if self.is_dax(stat) { ATTR_DAX } else { 0 },
@@ -172,8 +173,8 @@ impl Share {
                 blksize: stat.stx_blksize,
                 // Attributes such as "immutable" are the host's affair; "mount root" would be a lie here.
                 nlink: stat.stx_nlink,
-                uid: stat.stx_uid,
-                gid: stat.stx_gid,
+                uid: self.options.uids.to_guest(HostUid(stat.stx_uid)).0,
+                gid: self.options.gids.to_guest(HostGid(stat.stx_gid)).0,
                 mode: stat.stx_mode,
                 ino: stat.stx_ino,
                 size: stat.stx_size,
@@ -203,7 +204,7 @@ impl Share {
             false => None,
         };
         // All of it is checked before any of it is done.
-        let owner = owner(valid, change)?;
+        let owner = self.owner(valid, change)?;
         let times = timestamps(valid, change)?;
         if valid.contains(SetattrValid::SIZE) {
             if change.size > i64::MAX as u64 {
@@ -218,6 +219,12 @@ impl Share {
         // The owner before the mode: changing it clears suid and sgid, which the mode may have set anew.
         if let Some((uid, gid)) = owner {
             chownat(&file, c"", uid, gid, ITSELF)?;
+            // Who may neither read nor write it has not given it away either.
+            if inode.is_regular()
+                && let Ok(open) = self.host.reopen(&file, OFlags::RDONLY)
+            {
+                self.drop_mapped_capability(open)?;
+            }
         }
         if valid.contains(SetattrValid::MODE) {
             if inode.kind == libc::S_IFLNK {
@@ -231,8 +238,8 @@ impl Share {
             let _kill = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
             // A handle that is open for writing may do what the mode no longer allows.
             match handle.as_deref().map(|handle| handle.file()) {
-                Some(Ok(open)) if open.writable => ftruncate(&open.fd, change.size)?,
-                _ => ftruncate(self.host.reopen(&file, OFlags::WRONLY)?, change.size)?,
+                Some(Ok(open)) if open.writable => self.truncate(&open.fd, change.size)?,
+                _ => self.truncate(self.host.reopen(&file, OFlags::WRONLY)?, change.size)?,
             }
         }
         if let Some(times) = times {
@@ -241,6 +248,24 @@ impl Share {
             })?;
         }
         self.attr_out(file)
+    }
+
+    fn truncate(&self, file: impl AsFd, size: u64) -> Result<()> {
+        self.drop_mapped_capability(&file)?;
+        Ok(ftruncate(file, size)?)
+    }
+
+    /// The owner and group to set, as the host has them. All ones is no id: chown(2) takes it for "leave it".
+    fn owner(&self, valid: SetattrValid, change: &SetattrIn) -> Result<Option<Owner>> {
+        let uid = match valid.contains(SetattrValid::UID) {
+            true => Some(Uid::from_raw(self.options.uids.to_host(GuestUid(change.uid))?.0)),
+            false => None,
+        };
+        let gid = match valid.contains(SetattrValid::GID) {
+            true => Some(Gid::from_raw(self.options.gids.to_host(GuestGid(change.gid))?.0)),
+            false => None,
+        };
+        Ok((uid.is_some() || gid.is_some()).then_some((uid, gid)))
     }
 
     /// ACCESS, by the mode bits. The Linux guest of a virtio-fs share decides this itself
@@ -261,9 +286,9 @@ impl Share {
             // Root reads and writes all, and executes what anybody may execute.
             let anybody = mode & 0o111 != 0 || inode.is_directory();
             if anybody { 0o7 } else { 0o7 & !execute }
-        } else if caller.uid == stat.stx_uid {
+        } else if GuestUid(caller.uid) == self.options.uids.to_guest(HostUid(stat.stx_uid)) {
             mode >> 6
-        } else if caller.gid == stat.stx_gid {
+        } else if GuestGid(caller.gid) == self.options.gids.to_guest(HostGid(stat.stx_gid)) {
             mode >> 3
         } else {
             mode
@@ -288,22 +313,8 @@ fn sx_time(tv_sec: i64, tv_nsec: u32) -> SxTime {
     SxTime { tv_sec, tv_nsec, reserved: 0 }
 }
 
+/// A user and a group of the host, those of the two that are to change.
 type Owner = (Option<Uid>, Option<Gid>);
-
-/// The owner and group to set. An id of all ones is none: chown(2) takes it for "leave it".
-fn owner(valid: SetattrValid, change: &SetattrIn) -> Result<Option<Owner>> {
-    let id = |flag, id: u32| match valid.contains(flag) {
-        true if id == u32::MAX => Err(Errno::INVAL),
-        true => Ok(Some(id)),
-        false => Ok(None),
-    };
-    let uid = id(SetattrValid::UID, change.uid)?;
-    let gid = id(SetattrValid::GID, change.gid)?;
-    if uid.is_none() && gid.is_none() {
-        return Ok(None);
-    }
-    Ok(Some((uid.map(Uid::from_raw), gid.map(Gid::from_raw))))
-}
 
 /// The times to set; the ctime is the host's affair.
 fn timestamps(valid: SetattrValid, change: &SetattrIn) -> Result<Option<Timestamps>> {

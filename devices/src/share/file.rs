@@ -122,6 +122,10 @@ impl Share {
             && !self.options.writeback();
         let flags = if append { libc::RWF_APPEND } else { 0 };
         let _kill = WithoutFsetid::when(request.fuse_flags & WRITE_KILL_SUIDGID != 0)?;
+        // What the guest writes back it wrote before, and took them off then.
+        if request.fuse_flags & WRITE_CACHE == 0 {
+            self.drop_mapped_capability(&file.fd)?;
+        }
         source.write_to(file.fd.as_fd(), request.offset, flags)
     }
 
@@ -185,6 +189,7 @@ impl Share {
         }
         // The protocol does not say whether the caller has CAP_FSETID: rather a bit lost than one kept.
         let _kill = WithoutFsetid::when(true)?;
+        self.drop_mapped_capability(&file.fd)?;
         Ok(fallocate(&file.fd, mode, request.offset, request.length)?)
     }
 
@@ -224,6 +229,7 @@ impl Share {
         let len = usize::try_from(request.len.min(COPY_MAX)).map_err(|_| Errno::INVAL)?;
         let (mut from, mut to) = (request.offset_in, request.offset_out);
         let _kill = WithoutFsetid::when(true)?;
+        self.drop_mapped_capability(&target.fd)?;
         let count = rustix::fs::copy_file_range(
             &source.fd,
             Some(&mut from),

@@ -23,6 +23,8 @@ impl FileSystem for Share {
             // guest has to do it itself, by a SETATTR before the write.
             kill_privileges: self.options.dax != DaxPolicy::Always,
             readdirplus: true,
+            acl: self.options.acl,
+            groups: self.switch_identity,
         }
     }
 
@@ -179,8 +181,15 @@ impl FileSystem for Share {
         self.sync_file_system(caller)
     }
 
-    fn setxattr(&self, caller: Caller, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
-        self.set_xattr(caller, name, value, flags)
+    fn setxattr(
+        &self,
+        caller: Caller,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> Result<()> {
+        self.set_xattr(caller, name, value, flags, kill_sgid)
     }
 
     fn getxattr(&self, caller: Caller, name: &CStr, size: u32) -> Result<XattrReply> {

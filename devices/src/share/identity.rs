@@ -3,83 +3,129 @@
 //! The process serves a share as itself. Two things are done as someone else:
 //!
 //! - What is made (CREATE, MKDIR, MKNOD, SYMLINK, TMPFILE) is made with the file system ids of the guest's
-//!   process, so that owner, group, setgid directories and the host's quota come out as they would there.
+//!   process and the one supplementary group of its that counts, so that owner, group, setgid directories,
+//!   default ACLs and the host's quota come out as they would there. A process that may not take on ids (an
+//!   ordinary user's) makes everything as itself.
 //! - What the guest does for a process without CAP_FSETID is done without it, so that the host's kernel
 //!   clears suid and sgid in the same step as it changes the file.
 
 use std::cell::Cell;
 
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::fs::Mode;
+use rustix::process::{Gid, getegid, geteuid, getgroups, umask};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_thread_groups,
+};
 
-use super::sys;
-use crate::fuse::{Errno, Result};
+use super::ids::{GuestGid, GuestUid, HostGid, HostUid};
+use super::{Share, sys};
+use crate::fuse::{Caller, Errno, Result};
 
 thread_local! {
-    /// The thread has no supplementary groups any more. They would count as the guest process's
-    /// (CVE-2022-0358: a setgid file in a group it is not in).
-    static GROUPS_DROPPED: Cell<bool> = const { Cell::new(false) };
-    /// The ids that a guard could not restore, if that ever happened.
+    /// What a guard could not restore, if that ever happened.
     static STUCK: Cell<bool> = const { Cell::new(false) };
+    /// The thread's umask is its own and not the process's.
+    static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The calling thread makes files as another user until this is dropped.
-pub(super) struct AsUser {
-    before: Option<(u32, u32)>,
+/// Whether this process may take on other ids: root's can, and one that has a user namespace of its own.
+pub(super) fn can_switch() -> bool {
+    let needed = CapabilitySet::SETUID | CapabilitySet::SETGID;
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(needed))
 }
 
-impl AsUser {
-    /// Nobody else.
-    pub(super) fn unchanged() -> Self {
-        Self { before: None }
-    }
+/// The ids of the process itself, which its threads have when they serve nobody in particular.
+pub(super) fn own() -> (HostUid, HostGid) {
+    (HostUid(geteuid().as_raw()), HostGid(getegid().as_raw()))
+}
 
-    /// Takes on the ids.
-    ///
-    /// What the guest's process may do in a directory was decided by the guest, which knows the process's
-    /// groups. So CAP_DAC_OVERRIDE is kept, and with it only the ownership of what is made changes.
+impl Share {
+    /// Makes the calling thread make files as `caller` would, until the guard is dropped.
     ///
     /// # Errors
     ///
-    /// `EPERM` when the process may not take on these ids (they are not mapped in its user namespace), `EIO`
-    /// when this thread is stuck with other ones.
-    pub(super) fn switch(uid: u32, gid: u32) -> Result<Self> {
-        if STUCK.get() {
-            return Err(Errno::IO);
-        }
-        if uid == u32::MAX || gid == u32::MAX {
-            return Err(Errno::INVAL);
-        }
-        if !GROUPS_DROPPED.get() {
-            // A user namespace may forbid setgroups(2), which is no harm where there are none.
-            if !rustix::process::getgroups()?.is_empty() {
-                sys::drop_groups()?;
+    /// `EPERM` for a user or group that the host has none for, or that this process may not take on (one that
+    /// is not mapped in its user namespace); `EINVAL` for the id that is none; `EIO` when this thread is stuck
+    /// with what it took on before.
+    pub(super) fn identity(&self, caller: Caller) -> Result<AsUser> {
+        let mut guard = AsUser::default();
+        // Also where what is made is this process's in any case: not everybody in the guest has files here.
+        let uid = self.options.uids.to_host(GuestUid(caller.uid))?;
+        let gid = self.options.gids.to_host(GuestGid(caller.gid))?;
+        if self.switch_identity {
+            // A group that no file here can have gives no right to any.
+            let group = caller.group.and_then(|id| self.options.gids.to_host(GuestGid(id)).ok());
+            let is_root = caller.uid == 0;
+            if !is_root || group.is_some() || (uid, gid) != self.own {
+                guard.take_on(uid, gid, group, is_root)?;
             }
-            GROUPS_DROPPED.set(true);
         }
-        let overrides = capabilities(None)?.effective & CapabilitySet::DAC_OVERRIDE;
-        // The group first: afterwards the capability to set it may be gone. From here on, dropping the
-        // guard undoes it.
-        let gid_before = sys::set_fsgid(gid);
-        let uid_before = sys::set_fsuid(uid);
-        let guard = Self { before: Some((uid_before, gid_before)) };
-        if sys::fsgid() != gid || sys::fsuid() != uid {
-            return Err(Errno::PERM);
-        }
-        if uid != 0 && !overrides.is_empty() {
-            let now = capabilities(None)?;
-            set_capabilities(None, CapabilitySets { effective: now.effective | overrides, ..now })?;
+        if let Some(mask) = caller.umask {
+            guard.umask = Umask::set(mask)?;
         }
         Ok(guard)
     }
 }
 
-impl Drop for AsUser {
+/// The calling thread makes files as another user until this is dropped. The fields are given back from the
+/// first to the last.
+#[derive(Default)]
+pub(super) struct AsUser {
+    umask: Umask,
+    ids: Ids,
+    groups: Groups,
+    fsetid: WithoutFsetid,
+}
+
+impl AsUser {
+    /// Takes on the ids.
+    ///
+    /// What the guest's process may do in a directory was decided by the guest, which knows all its groups.
+    /// So CAP_DAC_OVERRIDE and CAP_MKNOD are kept, and with them only the ownership of what is made changes;
+    /// and CAP_FSETID when it is the guest's root that asks, so that sgid comes out as root may have it.
+    fn take_on(
+        &mut self,
+        uid: HostUid,
+        gid: HostGid,
+        group: Option<HostGid>,
+        is_root: bool,
+    ) -> Result<()> {
+        if STUCK.get() {
+            return Err(Errno::IO);
+        }
+        self.fsetid = WithoutFsetid::when(!is_root)?;
+        self.groups = Groups::only(group)?;
+        let kept = CapabilitySet::DAC_OVERRIDE | CapabilitySet::MKNOD | CapabilitySet::FSETID;
+        let kept = capabilities(None)?.effective & kept;
+        // The group first: afterwards the capability to set it may be gone. From here on, dropping the
+        // guard undoes it.
+        let gid_before = sys::set_fsgid(gid.0);
+        let uid_before = sys::set_fsuid(uid.0);
+        self.ids = Ids { before: Some((uid_before, gid_before)) };
+        if sys::fsgid() != gid.0 || sys::fsuid() != uid.0 {
+            return Err(Errno::PERM);
+        }
+        // Who is no longer user 0 has lost them (capabilities(7), "Effect of user ID changes").
+        let now = capabilities(None)?;
+        if !now.effective.contains(kept) {
+            set_capabilities(None, CapabilitySets { effective: now.effective | kept, ..now })?;
+        }
+        Ok(())
+    }
+}
+
+/// File system ids to go back to.
+#[derive(Default)]
+struct Ids {
+    before: Option<(u32, u32)>,
+}
+
+impl Drop for Ids {
     fn drop(&mut self) {
         let Some((uid, gid)) = self.before else {
             return;
         };
-        // Going back to the user of before gives back the capabilities that leaving it took
-        // (capabilities(7), "Effect of user ID changes").
+        // Going back to the user of before gives back the capabilities that leaving it took.
         sys::set_fsuid(uid);
         sys::set_fsgid(gid);
         if sys::fsuid() != uid || sys::fsgid() != gid {
@@ -91,7 +137,66 @@ impl Drop for AsUser {
     }
 }
 
+/// Supplementary groups to go back to. Those of this process would count as the guest process's
+/// (CVE-2022-0358: a setgid file in a group it is not in), and the process may need them to reach its files.
+#[derive(Default)]
+struct Groups {
+    before: Option<Vec<Gid>>,
+}
+
+impl Groups {
+    /// The calling thread has `group` and no other.
+    fn only(group: Option<HostGid>) -> Result<Self> {
+        let before = getgroups()?;
+        let wanted: Vec<_> = group.map(|group| Gid::from_raw(group.0)).into_iter().collect();
+        // A user namespace may forbid setgroups(2), which is no harm where there is nothing to change.
+        if before == wanted {
+            return Ok(Self::default());
+        }
+        set_thread_groups(&wanted)?;
+        Ok(Self { before: Some(before) })
+    }
+}
+
+impl Drop for Groups {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before
+            && let Err(error) = set_thread_groups(before)
+        {
+            STUCK.set(true);
+            log::error!("a thread could not take its own groups back: {error}");
+        }
+    }
+}
+
+/// A umask to go back to.
+#[derive(Default)]
+struct Umask {
+    before: Option<Mode>,
+}
+
+impl Umask {
+    /// The calling thread has the umask `mask`. By it, and not by cutting the mode: the host's kernel leaves
+    /// the umask out in a directory with a default ACL, in the same step as it makes the file.
+    fn set(mask: u32) -> Result<Self> {
+        if !OWN_UMASK.get() {
+            sys::unshare_umask()?;
+            OWN_UMASK.set(true);
+        }
+        Ok(Self { before: Some(umask(Mode::from_raw_mode(mask & 0o777))) })
+    }
+}
+
+impl Drop for Umask {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            umask(before);
+        }
+    }
+}
+
 /// The calling thread has no CAP_FSETID until this is dropped.
+#[derive(Default)]
 pub(super) struct WithoutFsetid {
     before: Option<CapabilitySets>,
 }
@@ -104,11 +209,11 @@ impl WithoutFsetid {
     /// The host's: then the operation must not go on.
     pub(super) fn when(drop: bool) -> Result<Self> {
         if !drop {
-            return Ok(Self { before: None });
+            return Ok(Self::default());
         }
         let now = capabilities(None)?;
         if !now.effective.contains(CapabilitySet::FSETID) {
-            return Ok(Self { before: None });
+            return Ok(Self::default());
         }
         set_capabilities(
             None,

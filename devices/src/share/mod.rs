@@ -16,6 +16,7 @@
 //!   entered ([`pseudo`](self)): a file there may be this very process's memory.
 //! - The flags of an OPEN are an allow-list.
 
+mod acl;
 mod attributes;
 mod directory;
 mod file;
@@ -23,6 +24,7 @@ mod filesystem;
 mod handle;
 mod host;
 mod identity;
+mod ids;
 mod inode;
 mod namespace;
 mod options;
@@ -35,7 +37,10 @@ use std::io;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
 
-pub use options::{CachePolicy, DaxPolicy, Options, Timeouts};
+pub use ids::{
+    GidMap, GuestGid, GuestUid, HostGid, HostUid, Id, IdMap, IdMapError, IdRange, OVERFLOW, UidMap,
+};
+pub use options::{CachePolicy, DaxPolicy, Options, Timeouts, XattrPolicy};
 
 use handle::Handles;
 use host::Host;
@@ -54,6 +59,8 @@ pub struct Share {
     inodes: Inodes,
     handles: Handles,
     switch_identity: bool,
+    /// The ids of the process.
+    own: (HostUid, HostGid),
 }
 
 impl Share {
@@ -73,14 +80,21 @@ impl Share {
             ));
         }
         let attributes = host::stat(&root)?;
+        if options.acl && options.xattr == XattrPolicy::Off {
+            return Err(io::Error::other(
+                "its ACLs are extended attributes; leave acl or xattr=off",
+            ));
+        }
+        if options.acl {
+            acl::check(&root, &host)?;
+        }
         // So that a host without openat2 is found out now and not by the guest.
         host.reopen(&root, OFlags::PATH)?;
         rustix::fs::openat2(&root, ".", flags, Mode::empty(), rustix::fs::ResolveFlags::BENEATH)?;
         let (inodes, handles) = options.caps();
         Ok(Self {
-            switch_identity: options
-                .switch_identity
-                .unwrap_or_else(|| rustix::process::geteuid().is_root()),
+            switch_identity: options.switch_identity.unwrap_or_else(identity::can_switch),
+            own: identity::own(),
             inodes: Inodes::new(root, &attributes, inodes),
             handles: Handles::new(handles),
             host,

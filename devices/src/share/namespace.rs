@@ -9,7 +9,7 @@ use rustix::fs::{
     renameat_with, symlinkat, unlinkat,
 };
 
-use super::identity::{AsUser, WithoutFsetid};
+use super::identity::WithoutFsetid;
 use super::inode::{Held, Inode, Key};
 use super::{Share, host, pseudo};
 use crate::fuse::abi::{ATTR_SUBMOUNT, CreateIn, EntryOut, OPEN_KILL_SUIDGID, OpenOut};
@@ -73,16 +73,6 @@ impl Share {
             attr_valid_nsec: timeouts.attributes.subsec_nanos(),
             attr: self.attr(&stat, if mounted { ATTR_SUBMOUNT } else { 0 }),
         })
-    }
-
-    /// The calling thread makes files as the caller, if it can.
-    fn identity(&self, caller: Caller) -> Result<AsUser> {
-        let own = caller.uid == 0 && caller.gid == 0;
-        if self.switch_identity && !own {
-            AsUser::switch(caller.uid, caller.gid)
-        } else {
-            Ok(AsUser::unchanged())
-        }
     }
 
     /// Makes an entry by `make` as the caller, then looks it up.
@@ -266,8 +256,13 @@ impl Share {
         inode.check_openable()?;
         let flags = self.open_flags(flags)?;
         let fd = {
-            let _kill = WithoutFsetid::when(kill && flags.contains(OFlags::TRUNC))?;
-            self.open_for_guest(&self.file(inode)?, flags)?
+            let truncates = flags.contains(OFlags::TRUNC);
+            let _kill = WithoutFsetid::when(kill && truncates)?;
+            let fd = self.open_for_guest(&self.file(inode)?, flags)?;
+            if truncates {
+                self.drop_mapped_capability(&fd)?;
+            }
+            fd
         };
         self.add_open_file(inode.nodeid, fd, flags)
     }

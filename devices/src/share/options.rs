@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
 
+use super::ids::{GidMap, UidMap};
 use crate::fuse::abi::{FOPEN_CACHE_DIR, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE};
 
 /// How long the guest may trust what it was told. The README has the promises of each in a table.
@@ -32,6 +33,20 @@ pub enum DaxPolicy {
     Inode,
     /// All: for guests that mount with `dax=always`.
     Always,
+}
+
+/// Which extended attributes there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum XattrPolicy {
+    /// None.
+    #[default]
+    Off,
+    /// `user.*`, `trusted.*` and `security.capability`, which are the host's. The other `security.*` would be
+    /// the host's policy in the guest's hand.
+    On,
+    /// `user.*` is the host's; `trusted.*` and `security.*` are kept on the host as `user.oriel.trusted.*` and
+    /// so on, where they mean nothing to it, and the host's own are hidden.
+    Mapped,
 }
 
 /// For how long the guest may keep what it was told of names.
@@ -66,8 +81,15 @@ pub struct Options {
     /// this is for a directory that nobody else changes. Not with [`CachePolicy::Never`] and
     /// [`CachePolicy::Metadata`].
     pub writeback: bool,
-    /// Whether there are extended attributes: `user.*`, `trusted.*` and `security.capability`.
-    pub xattr: bool,
+    /// Whether there are extended attributes, and by which names the host keeps them.
+    pub xattr: XattrPolicy,
+    /// Whether the host's POSIX ACLs count in the guest, and the guest may set them. The host's file system
+    /// must have them.
+    pub acl: bool,
+    /// Which user of the guest is which of the host.
+    pub uids: UidMap,
+    /// Which group of the guest is which of the host.
+    pub gids: GidMap,
     /// Whether the guest is told of mounts below the directory. Without, files of two file systems may
     /// show the same device and inode number.
     pub submounts: bool,
@@ -75,7 +97,7 @@ pub struct Options {
     /// it there.
     pub device_nodes: bool,
     /// Whether files are made with the user and group id of the guest's process. By default when the
-    /// process is root; nobody else can.
+    /// process may take on ids; without, whoever makes a file in the guest, it is this process's.
     pub switch_identity: Option<bool>,
     /// The most nodes the guest may know at a time. Each holds a file descriptor. By default half of what
     /// the process may open (`RLIMIT_NOFILE`) when the share is made.
@@ -100,7 +122,10 @@ impl Options {
             negative_timeout: None,
             dax: DaxPolicy::default(),
             writeback: false,
-            xattr: false,
+            xattr: XattrPolicy::Off,
+            acl: false,
+            uids: UidMap::same(),
+            gids: GidMap::same(),
             submounts: true,
             device_nodes: false,
             switch_identity: None,

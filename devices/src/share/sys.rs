@@ -34,9 +34,11 @@ pub(super) fn fsgid() -> u32 {
     set_id(libc::SYS_setfsgid, UNCHANGED)
 }
 
-/// Drops the supplementary groups of the calling thread (and of no other).
-pub(super) fn drop_groups() -> io::Result<()> {
-    // SAFETY: a count of 0 reads nothing through the pointer.
-    let result = unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+/// Gives the calling thread a umask (and a working directory) of its own, a copy of the process's.
+pub(super) fn unshare_umask() -> io::Result<()> {
+    // SAFETY: CLONE_FS parts working directory, root and umask from the other threads' and nothing else; no
+    // descriptor, no memory. Nothing in this crate names files from the working directory, and the root is
+    // never changed.
+    let result = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) };
+    Ok(result?)
 }

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use devices::share::{CachePolicy, Options};
+use devices::share::{CachePolicy, Options, XattrPolicy};
 use integration::Door;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -17,7 +17,7 @@ Usage: share-on-fuse [-o OPTION,…] HOST_DIR MOUNT_POINT [-- COMMAND [ARG…]]
 Serves HOST_DIR at MOUNT_POINT, as root, by the code that serves a guest. With COMMAND, until that ends, and exits
 with its status; otherwise until SIGTERM, SIGINT, SIGHUP or an unmount. Exits with 70 when the server has failed.
 
-Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|off (on), device-nodes, inodes=N, handles=N";
+Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, device-nodes, inodes=N, handles=N";
 
 /// `EX_SOFTWARE` of sysexits.h.
 const SOFTWARE: u8 = 70;
@@ -117,15 +117,17 @@ fn shell_status(status: ExitStatus) -> u8 {
 
 fn parse(mut options: Options, text: &str) -> Result<Options> {
     // What a guest's root file system needs, and what suites test.
-    options.xattr = true;
+    options.xattr = XattrPolicy::On;
     for option in text.split(',').filter(|option| !option.is_empty()) {
         let (key, value) = option.split_once('=').unwrap_or((option, ""));
         match (key, value) {
             ("ro", "") => options.read_only = true,
             ("writeback", "") => options.writeback = true,
             ("device-nodes", "") => options.device_nodes = true,
-            ("xattr", "on") => options.xattr = true,
-            ("xattr", "off") => options.xattr = false,
+            ("xattr", "on") => options.xattr = XattrPolicy::On,
+            ("xattr", "mapped") => options.xattr = XattrPolicy::Mapped,
+            ("xattr", "off") => options.xattr = XattrPolicy::Off,
+            ("acl", "") => options.acl = true,
             ("cache", "never") => options.cache = CachePolicy::Never,
             ("cache", "metadata") => options.cache = CachePolicy::Metadata,
             ("cache", "auto") => options.cache = CachePolicy::Auto,

@@ -19,7 +19,7 @@ fn door(change: impl FnOnce(&mut Options)) -> (tempfile::TempDir, Door) {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let mut options = Options::new(directory.path());
-    options.xattr = true;
+    options.xattr = devices::share::XattrPolicy::On;
     change(&mut options);
     let door = Door::mount(options).unwrap();
     (directory, door)

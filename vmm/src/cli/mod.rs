@@ -11,7 +11,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-pub use self::run::RunArgs;
+pub use self::run::{RunArgs, UserNamespace};
 pub use self::share::ShareOptions;
 pub use self::values::{ConsoleTarget, InitrdSource};
 

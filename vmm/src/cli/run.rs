@@ -3,13 +3,22 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::UsageError;
 use super::share::{RootArg, ShareArg};
 use super::values::{ConsoleTarget, InitrdSource};
 use crate::machine::memory::MemoryConfig;
 use crate::sandbox;
+
+/// Whether `oriel` runs in a user namespace of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UserNamespace {
+    /// It does not.
+    Host,
+    /// An ordinary user's does, in which it may take on the user's subordinate ids.
+    Auto,
+}
 
 /// Boot a sandbox, run COMMAND in it, and exit with its status
 ///
@@ -34,6 +43,17 @@ pub struct RunArgs {
     ///
     /// writeback: the guest collects writes in its own memory; only with cache=always.
     ///
+    /// xattr=off|on|mapped: extended attributes: none; user.*, trusted.* and security.capability, which are the
+    /// host's; or user.* as they are, and trusted.* and security.* kept on the host as user.oriel.*, where they
+    /// mean nothing to it. Default: mapped, and on for a share that is not written to (ro, overlay).
+    ///
+    /// acl: POSIX ACLs of the host count in the guest, which may set them.
+    ///
+    /// uid-map=GUEST:HOST:COUNT, gid-map=GUEST:HOST:COUNT (both may be repeated): which user and group ids of
+    /// the guest are which of the host. What is in no range is shown as 65534, and files cannot be given to it.
+    /// Default: as root, the same on both sides; as another user, that user's files are the guest root's, and
+    /// whatever the guest makes is that user's.
+    ///
     /// dev: the guest may make device nodes, which are the host's devices to those who open them there.
     ///
     /// dax=never|inode|always: which files are mapped straight from the host's page cache: none, those that
@@ -53,6 +73,14 @@ pub struct RunArgs {
     /// user may read on the host, secrets included, can then be read by the guest.
     #[arg(long, value_name = "ROOT")]
     pub root: Option<RootArg>,
+
+    /// User namespace: host (none of its own) or auto (one with the ids of /etc/subuid and /etc/subgid)
+    ///
+    /// With auto, files of an ordinary user's guest can have many owners: the user's own are the guest root's,
+    /// and the guest's ids from 1 on are those of /etc/subuid and /etc/subgid. It takes newuidmap(1). Root needs
+    /// none.
+    #[arg(long, value_enum, default_value_t = UserNamespace::Host, value_name = "host|auto")]
+    pub userns: UserNamespace,
 
     /// Number of CPUs, at most the host's
     #[arg(long, default_value_t = 1, value_name = "N")]

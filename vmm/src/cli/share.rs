@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use devices::share::CachePolicy;
+use devices::share::{CachePolicy, IdRange, XattrPolicy};
 use oriel_init::protocol::Dax;
 
 use super::values::{duration, size_in_units};
@@ -35,6 +35,15 @@ pub struct ShareOptions {
     pub writeback: bool,
     /// The guest may make device nodes.
     pub device_nodes: bool,
+    /// Which extended attributes there are; mapped on a share that may be written to when not given, and
+    /// otherwise the host's.
+    pub xattr: Option<XattrPolicy>,
+    /// POSIX ACLs.
+    pub acl: bool,
+    /// Users of the guest and of the host; how they relate without any depends on who runs this.
+    pub uid_map: Vec<IdRange>,
+    /// Groups of the guest and of the host.
+    pub gid_map: Vec<IdRange>,
     /// Which files the guest maps.
     pub dax: Dax,
     /// Bytes of the DAX window; 0 with `dax=never`.
@@ -56,6 +65,10 @@ impl ShareOptions {
             negative_timeout: None,
             writeback: false,
             device_nodes: false,
+            xattr: None,
+            acl: false,
+            uid_map: Vec::new(),
+            gid_map: Vec::new(),
             dax: Dax::Inode,
             window: WINDOW_DEFAULT,
             queues: None,
@@ -73,6 +86,10 @@ impl ShareOptions {
                 ("overlay", "") if root => options.overlay = true,
                 ("writeback", "") => options.writeback = true,
                 ("dev", "") => options.device_nodes = true,
+                ("acl", "") => options.acl = true,
+                ("xattr", mode) => options.xattr = Some(parse_xattr(mode)?),
+                ("uid-map", range) => options.uid_map.push(parse_range(range).map_err(named)?),
+                ("gid-map", range) => options.gid_map.push(parse_range(range).map_err(named)?),
                 ("tag", tag) => options.tag = Some(parse_tag(tag)?),
                 ("cache", mode) => options.cache = parse_cache(mode)?,
                 ("entry-timeout", _) => options.entry_timeout = time()?,
@@ -84,8 +101,9 @@ impl ShareOptions {
                 _ => {
                     let overlay = if root { "overlay, " } else { "" };
                     return Err(format!(
-                        "{option:?} is no option of a share; write ro, rw, {overlay}dev, writeback, tag=, \
-                         cache=, entry-timeout=, attr-timeout=, negative-timeout=, dax=, window= or queues="
+                        "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
+                         tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
+                         gid-map=, dax=, window= or queues="
                     ));
                 }
             }
@@ -122,6 +140,10 @@ impl ShareOptions {
                 "dev: nothing is made on a share with {why}; leave one of the two"
             ));
         }
+        if self.acl && self.xattr == Some(XattrPolicy::Off) {
+            return Err("acl: ACLs are extended attributes, and xattr=off is against them; leave one of the two"
+                .into());
+        }
         if self.writeback && self.cache != CachePolicy::Always {
             return Err("writeback: the guest then goes by its own sizes and times, so nobody else may change \
                         the directory; say so with cache=always, or leave writeback"
@@ -146,6 +168,30 @@ fn parse_cache(mode: &str) -> Result<CachePolicy, String> {
         "auto" => Ok(CachePolicy::Auto),
         "always" => Ok(CachePolicy::Always),
         _ => Err(format!("{mode:?} is no cache mode; write never, metadata, auto or always")),
+    }
+}
+
+fn parse_xattr(mode: &str) -> Result<XattrPolicy, String> {
+    match mode {
+        "off" => Ok(XattrPolicy::Off),
+        "on" => Ok(XattrPolicy::On),
+        "mapped" => Ok(XattrPolicy::Mapped),
+        _ => Err(format!(
+            "{mode:?} is no way to have extended attributes; write xattr=off, on or mapped"
+        )),
+    }
+}
+
+/// `GUEST:HOST:COUNT`. Whether ranges fit together is for later, when all are known.
+fn parse_range(text: &str) -> Result<IdRange, String> {
+    let numbers: Vec<u32> = text.split(':').map_while(|number| number.parse().ok()).collect();
+    match numbers[..] {
+        [guest, host, count] if count > 0 && text.split(':').count() == 3 => {
+            Ok(IdRange { guest, host, count })
+        }
+        _ => Err(format!(
+            "{text:?} is no range of ids; write GUEST:HOST:COUNT, for example 0:100000:65536"
+        )),
     }
 }
 
@@ -258,6 +304,20 @@ mod tests {
     }
 
     #[test]
+    fn identity_is_ranges_acls_and_attributes() {
+        let plain = options("");
+        assert_eq!((plain.xattr, plain.acl), (None, false));
+        let all =
+            options("acl,xattr=mapped,uid-map=0:1000:1,uid-map=1:100000:65536,gid-map=0:100:1");
+        assert!(all.acl);
+        assert_eq!(all.xattr, Some(XattrPolicy::Mapped));
+        let ranges: Vec<_> =
+            all.uid_map.iter().map(|range| (range.guest, range.host, range.count)).collect();
+        assert_eq!(ranges, [(0, 1000, 1), (1, 100_000, 65536)]);
+        assert_eq!(all.gid_map.len(), 1);
+    }
+
+    #[test]
     fn what_is_wrong_with_a_share_is_said() {
         for (text, hint) in [
             ("a", "HOST_DIR:GUEST_PATH"),
@@ -282,6 +342,16 @@ mod tests {
             ("a:/b:writeback,cache=always,ro", "with ro"),
             ("a:/b:dev,ro", "with ro"),
             ("a:/b:dev=1", "dev=1"),
+            ("a:/b:xattr=", "xattr"),
+            ("a:/b:xattr=some", "mapped"),
+            ("a:/b:acl,xattr=off", "xattr=off"),
+            ("a:/b:uid-map=", "uid-map"),
+            ("a:/b:uid-map=0:0", "GUEST:HOST:COUNT"),
+            ("a:/b:uid-map=0:0:0", "GUEST:HOST:COUNT"),
+            ("a:/b:gid-map=0:0:1:", "gid-map"),
+            ("a:/b:gid-map=0:x:1", "gid-map"),
+            ("a:/b:gid-map=0:-1:1", "gid-map"),
+            ("a:/b:gid-map=0:4294967296:1", "gid-map"),
         ] {
             let error = text.parse::<ShareArg>().unwrap_err();
             assert!(error.contains(hint) && !error.contains('\n'), "{text}: {error}");

@@ -1,10 +1,12 @@
 //! One sandbox from the command line to its exit status.
 
+mod identity;
 mod link;
 mod plan;
 mod streams;
 mod supervisor;
 mod terminal;
+mod userns;
 
 use std::fs::File;
 use std::io::Write;
@@ -17,16 +19,17 @@ use std::sync::mpsc::channel;
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
-use devices::share::{self, DaxPolicy, Share};
+use devices::share::{self, DaxPolicy, Share, XattrPolicy};
 use devices::virtio::fs;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::identity::Identity;
 use self::link::{Link, Sink, forward_input};
 use self::plan::PlannedShare;
 use self::streams::{Console, Notifier, Tail, duplicate};
 use self::supervisor::{Outcome, Progress, Signals, Supervisor};
-use crate::cli::{ConsoleTarget, RunArgs, UsageError};
+use crate::cli::{ConsoleTarget, RunArgs, UsageError, UserNamespace};
 use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::{host, kernel};
 
@@ -52,6 +55,9 @@ pub enum Event {
 /// When it could not be started, or broke down: one line that says why.
 pub fn run(args: &RunArgs) -> Result<u8> {
     let shares = plan::shares(args)?;
+    // Before all that starts a thread.
+    let entered = args.userns == UserNamespace::Auto && userns::enter()?;
+    let identity = Identity::of_process(entered)?;
     let host_cpus = host::cpus();
     if usize::from(args.cpus) > host_cpus {
         bail!("--cpus {}: the host has {host_cpus}; give at most as many", args.cpus);
@@ -88,7 +94,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let limits = FileLimits::for_each_of(shares.len());
     let mut sessions = Vec::new();
     for share in &shares {
-        let session = add_share(&mut machine, share, args.cpus, &limits)?;
+        let session = add_share(&mut machine, share, args.cpus, &limits, &identity)?;
         sessions.push((share.tag.clone(), session));
     }
     // A foreign init knows nothing of our ports: it has COM1 alone.
@@ -151,28 +157,25 @@ impl FileLimits {
     }
 }
 
-/// Puts a virtio-fs device on the machine.
-fn add_share(
-    machine: &mut Machine,
+/// How the directory of a share is to be served.
+fn served(
     share: &PlannedShare,
-    cpus: u8,
     limits: &FileLimits,
-) -> Result<Arc<Session>> {
-    let name = share.host.display();
+    identity: &Identity,
+) -> Result<share::Options> {
     let options = &share.options;
-    let window = match options.window {
-        0 => None,
-        size => {
-            let window = Window::new(size).with_context(|| {
-                format!("--share {name}: no address space for a window of {} MiB", size >> 20)
-            })?;
-            Some(Arc::new(window))
-        }
-    };
     let mut served = share::Options::new(&share.host);
     // With an overlay nothing is ever written to the directory, whatever the guest does about its overlay.
     served.read_only = options.read_only || options.overlay;
-    served.xattr = true;
+    // Where nothing is written, the guest may see what is there: a root file system has file capabilities.
+    let by_default = if served.read_only { XattrPolicy::On } else { XattrPolicy::Mapped };
+    served.xattr = options.xattr.unwrap_or(by_default);
+    served.acl = options.acl;
+    let named =
+        |error: UsageError| UsageError(format!("--share {}: {error}", share.host.display()));
+    served.uids = identity.uid_map(&options.uid_map).map_err(named)?;
+    served.gids = identity.gid_map(&options.gid_map).map_err(named)?;
+    served.switch_identity = Some(identity.switches);
     served.max_inodes = Some(limits.inodes);
     served.max_handles = Some(limits.handles);
     // overlayfs refuses a lower directory that would be mounted on first use.
@@ -188,6 +191,29 @@ fn add_share(
         Dax::Inode => DaxPolicy::Inode,
         Dax::Always => DaxPolicy::Always,
     };
+    Ok(served)
+}
+
+/// Puts a virtio-fs device on the machine.
+fn add_share(
+    machine: &mut Machine,
+    share: &PlannedShare,
+    cpus: u8,
+    limits: &FileLimits,
+    identity: &Identity,
+) -> Result<Arc<Session>> {
+    let name = share.host.display();
+    let options = &share.options;
+    let window = match options.window {
+        0 => None,
+        size => {
+            let window = Window::new(size).with_context(|| {
+                format!("--share {name}: no address space for a window of {} MiB", size >> 20)
+            })?;
+            Some(Arc::new(window))
+        }
+    };
+    let served = served(share, limits, identity)?;
     let files = Share::new(served).with_context(|| format!("--share {name}"))?;
     let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
     let session = Arc::new(Session::new(Arc::new(files), region));

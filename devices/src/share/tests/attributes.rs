@@ -158,7 +158,7 @@ fn extended_attributes_are_those_the_guest_may_have() {
     assert_eq!(getxattr(&guest, fifo.nodeid, "user.x", 9).error, libc::ENODATA);
     assert_eq!(setxattr(&guest, fifo.nodeid, "user.x", b"", 0).error, libc::EPERM);
 
-    let guest = Guest::with(|options| options.xattr = false);
+    let guest = Guest::with(|options| options.xattr = crate::share::XattrPolicy::Off);
     let node = file(&guest, b"");
     assert_eq!(getxattr(&guest, node, "user.one", 0).error, libc::ENOSYS);
     assert_eq!(setxattr(&guest, node, "user.one", b"", 0).error, libc::ENOSYS);

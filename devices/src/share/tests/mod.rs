@@ -10,6 +10,7 @@ mod mappings;
 mod names;
 mod read_only;
 mod tables;
+mod xattrs;
 
 use crate::fuse::abi::*;
 use crate::fuse::opcode::Opcode;
