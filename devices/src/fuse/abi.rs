@@ -1,4 +1,4 @@
-//! The wire: `struct`s and flags of `linux/fuse.h`, protocol 7.40.
+//! The wire: `struct`s and flags of `linux/fuse.h`, protocol 7.45.
 //!
 //! What `fuse-backend-rs` defines is used from there; newer parts are here, with the names of the header.
 //! All are plain numbers in the host's byte order, which on x86 is the guest's.
@@ -17,8 +17,9 @@ pub use fuse_backend_rs::abi::virtio_fs::{RemovemappingIn, RemovemappingOne, Set
 
 /// `FUSE_KERNEL_VERSION`.
 pub const MAJOR: u32 = 7;
-/// The minor version this server speaks: that of `FUSE_STATX` and the 64-bit flags it uses.
-pub const MINOR: u32 = 40;
+/// The minor version this server speaks: that of `FUSE_COPY_FILE_RANGE_64`, Linux 6.18. What came between
+/// 7.40 and it is behind INIT flags.
+pub const MINOR: u32 = 45;
 /// `FUSE_ROOT_ID`: the node id of a share's root.
 pub const ROOT_ID: u64 = 1;
 /// Bytes of `struct fuse_in_header`.
@@ -149,6 +150,9 @@ pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 pub const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 /// `FUSE_EXT_GROUPS`: the kind of an extension with supplementary groups.
 pub const EXT_GROUPS: u32 = 32;
+/// `FUSE_IOCTL_UNRESTRICTED`: the server may look at all of the caller's memory, by asking for it piece by
+/// piece. Linux offers this to character devices in user space only.
+pub const IOCTL_UNRESTRICTED: u32 = 1 << 1;
 /// `FUSE_FSYNC_FDATASYNC`.
 pub const FSYNC_FDATASYNC: u32 = 1 << 0;
 /// `FUSE_SETUPMAPPING_FLAG_WRITE`.
@@ -182,6 +186,14 @@ pub struct SetxattrIn2 {
 pub struct SyncfsIn {
     /// Unused.
     pub padding: u64,
+}
+
+/// `struct fuse_copy_file_range_out`, the reply of `FUSE_COPY_FILE_RANGE_64`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CopyFileRangeOut {
+    /// How many bytes were copied.
+    pub bytes_copied: u64,
 }
 
 /// `struct fuse_statx_in`.
@@ -259,7 +271,9 @@ pub struct StatxOut {
 /// Declares structs of integers without padding to be readable from and writable to raw bytes.
 #[expect(unsafe_code, reason = "ByteValued is an unsafe trait")]
 mod plain {
-    use super::{ByteValued, ExtHeader, SetxattrIn2, StatxIn, StatxOut, SyncfsIn};
+    use super::{
+        ByteValued, CopyFileRangeOut, ExtHeader, SetxattrIn2, StatxIn, StatxOut, SyncfsIn,
+    };
 
     // SAFETY: `repr(C)`, integers only, so every bit pattern is valid; there is no padding, because the
     // sizes below are the sums of the fields' sizes.
@@ -271,6 +285,9 @@ mod plain {
     // SAFETY: as above.
     unsafe impl ByteValued for SetxattrIn2 {}
     const _: () = assert!(size_of::<SetxattrIn2>() == 8);
+    // SAFETY: as above.
+    unsafe impl ByteValued for CopyFileRangeOut {}
+    const _: () = assert!(size_of::<CopyFileRangeOut>() == 8);
     // SAFETY: as above.
     unsafe impl ByteValued for StatxIn {}
     const _: () = assert!(size_of::<StatxIn>() == 24);

@@ -5,10 +5,10 @@ use std::sync::atomic::Ordering::Relaxed;
 use vm_memory::ByteValued;
 
 use super::abi::{
-    AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut, FSYNC_FDATASYNC,
-    FallocateIn, FlushIn, ForgetIn, ForgetOne, FsyncIn, GETATTR_FH, GetattrIn, GetxattrIn,
-    GetxattrOut, IN_HEADER, InitFlags, IoctlIn, IoctlOut, LinkIn, LseekIn, LseekOut, MAX_WRITE,
-    MkdirIn, MknodIn, NAME_MAX, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, RenameIn,
+    AccessIn, BatchForgetIn, CopyFileRangeIn, CopyFileRangeOut, CreateIn, Dirent, EntryOut,
+    FSYNC_FDATASYNC, FallocateIn, FlushIn, ForgetIn, ForgetOne, FsyncIn, GETATTR_FH, GetattrIn,
+    GetxattrIn, GetxattrOut, IN_HEADER, InitFlags, IoctlIn, IoctlOut, LinkIn, LseekIn, LseekOut,
+    MAX_WRITE, MkdirIn, MknodIn, NAME_MAX, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, RenameIn,
     SETXATTR_ACL_KILL_SGID, SetattrIn, SetupmappingIn, SetxattrIn, SetxattrIn2, StatfsOut, StatxIn,
     SyncfsIn, TARGET_MAX, WriteIn, WriteOut,
 };
@@ -23,6 +23,10 @@ use crate::memory::GuestBuffer;
 
 /// The largest listing in one reply, in bytes: that of the largest READ.
 const LISTING_MAX: usize = MAX_WRITE as usize;
+
+/// The most that a COPY_FILE_RANGE with a 32-bit count copies, in bytes: whole pages, so that what follows
+/// can be a reflink as well.
+const COPY_32_MAX: u64 = u32::MAX as u64 & !0xfff;
 
 impl Session {
     /// Serves every operation that is answered, but INIT and DESTROY. Returns the length of the body.
@@ -237,12 +241,22 @@ impl Session {
                 let offset = fs.lseek(caller, &input)?;
                 reply.put(&LseekOut { offset })
             }
-            Opcode::CopyFileRange => {
-                let input: CopyFileRangeIn = body.take()?;
+            Opcode::CopyFileRange | Opcode::CopyFileRange64 => {
+                let mut input: CopyFileRangeIn = body.take()?;
                 check_range(input.offset_in, input.len)?;
                 check_range(input.offset_out, input.len)?;
-                let size = fs.copy_file_range(caller, &input)?;
-                reply.put(&WriteOut { size, padding: 0 })
+                if opcode == Opcode::CopyFileRange {
+                    // The count of this reply has 32 bits.
+                    input.len = input.len.min(COPY_32_MAX);
+                }
+                let count = fs.copy_file_range(caller, &input)?;
+                if opcode == Opcode::CopyFileRange64 {
+                    return reply.put(&CopyFileRangeOut { bytes_copied: count });
+                }
+                reply.put(&WriteOut {
+                    size: u32::try_from(count).map_err(|_| Errno::IO)?,
+                    padding: 0,
+                })
             }
             Opcode::Ioctl => {
                 let input: IoctlIn = body.take()?;
@@ -271,8 +285,7 @@ impl Session {
                 let mappings = self.usable_mappings()?;
                 done(mappings.remove(&mut body, &self.counters))
             }
-            // Locks stay in the guest (POSIX_LOCKS and FLOCK_LOCKS are not negotiated). BMAP is for file
-            // systems on a block device. Nothing here can be polled, and the guest then says "ready".
+            // The reasons are in the table.
             Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw | Opcode::Bmap | Opcode::Poll => {
                 Err(Errno::NOSYS)
             }

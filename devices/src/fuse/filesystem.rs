@@ -117,7 +117,7 @@ pub trait FileSystem: Send + Sync {
     fn forget(&self, nodeid: u64, count: u64);
     /// GETATTR.
     fn getattr(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut>;
-    /// STATX.
+    /// STATX: `mask` is what the caller wants (`STATX_*`), and the mask of the answer what it has of it.
     fn statx(&self, _caller: Caller, _fh: Option<u64>, _mask: u32) -> Result<StatxOut> {
         Err(Errno::NOSYS)
     }
@@ -177,9 +177,11 @@ pub trait FileSystem: Send + Sync {
     fn fallocate(&self, caller: Caller, request: &FallocateIn) -> Result<()>;
     /// LSEEK: the resulting offset.
     fn lseek(&self, caller: Caller, request: &LseekIn) -> Result<u64>;
-    /// COPY_FILE_RANGE: how many bytes were copied.
-    fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u32>;
-    /// IOCTL: what goes back to the caller, at most `out_size` bytes.
+    /// COPY_FILE_RANGE and COPY_FILE_RANGE_64: how many bytes were copied, at most as many as were asked.
+    /// After `EOPNOTSUPP` and `EXDEV` the Linux guest copies by reading and writing, this time; after
+    /// `ENOSYS` always.
+    fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u64>;
+    /// IOCTL: what goes back to the caller, at most `out_size` bytes. `input` is as long as `in_size` says.
     fn ioctl(&self, _caller: Caller, _request: &IoctlIn, _input: &[u8]) -> Result<Vec<u8>> {
         Err(Errno::NOTTY)
     }

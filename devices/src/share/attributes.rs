@@ -157,19 +157,32 @@ impl Share {
         self.attr_out(self.file(&self.node(caller, fh)?)?)
     }
 
-    /// STATX: attributes and the birth time. The mask of the request is a wish; all that the host has is
-    /// answered.
-    pub(super) fn get_statx(&self, caller: Caller, fh: Option<u64>) -> Result<StatxOut> {
+    /// STATX: attributes and the birth time, of these what is `wanted` and what the host has. Mounts have
+    /// numbers of the guest's own.
+    pub(super) fn get_statx(
+        &self,
+        caller: Caller,
+        fh: Option<u64>,
+        wanted: u32,
+    ) -> Result<StatxOut> {
         let inode = self.node(caller, fh)?;
         let stat = host::stat(self.file(&inode)?)?;
         let timeout = self.options.timeouts().attributes;
         // STATX_BASIC_STATS and STATX_BTIME, the fields that fuse_statx has.
         let known = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
+        let mut mask = stat.stx_mask & known & wanted;
+        // A guest that gets all basic attributes takes them for those of the file, and as this reply has no
+        // place for ATTR_DAX, for those of a file without DAX: it then drops the file, and what is mapped of
+        // it, at every close (`fuse_do_statx`, fs/fuse/dir.c; `fuse_dax_dontcache`, fs/fuse/dax.c). It knows
+        // the type, and tells its caller so whatever is said here.
+        if self.is_dax(&stat) {
+            mask &= !libc::STATX_TYPE;
+        }
         Ok(StatxOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             stat: abi::Statx {
-                mask: stat.stx_mask & known,
+                mask,
                 blksize: stat.stx_blksize,
                 // Attributes such as "immutable" are the host's affair; "mount root" would be a lie here.
                 nlink: stat.stx_nlink,

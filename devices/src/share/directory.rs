@@ -1,5 +1,6 @@
 //! Listings.
 
+use std::ffi::CString;
 use std::mem::MaybeUninit;
 use std::sync::PoisonError;
 
@@ -10,17 +11,68 @@ use crate::fuse::{Caller, DirectorySink, Errno, Listing, Result};
 
 /// The most that is read of a directory at a time, in bytes, on the stack.
 const BUFFER: usize = 32768;
-/// The least: one entry with the longest name has 280.
+/// The least: several entries, of which the longest has 280 bytes.
 const BUFFER_LEAST: usize = 1024;
 /// How much longer an entry is in a READDIRPLUS reply than in the host's listing, about.
 const PLUS_FACTOR: usize = 4;
+/// The largest reply whose entries are kept for a guest that comes back for the end of it. The Linux guest
+/// does so when its process reads with a shorter buffer than a page, and asks for a page then.
+const KEPT_REPLY: usize = 4096;
+
+/// One name, as the host listed it.
+struct Entry {
+    ino: u64,
+    /// The host's cookie of the place behind it.
+    next: u64,
+    kind: u8,
+    name: CString,
+}
+
+/// Where the listing of an open directory stands.
+///
+/// Not all file systems can take a listing up at a cookie: for some (tmpfs before Linux 6.6, ramfs) it is the
+/// number of the entry, and when an earlier one is deleted meanwhile, a name is lost. Their descriptors keep
+/// the place, though. So a listing that goes on is never sought: what was read of the host and did not fit is
+/// kept for the next request, and so is a short last reply, of which the guest may have dropped the end.
+#[derive(Default)]
+pub(super) struct Position {
+    /// The cookie of the place before `recent`. None: not known, the descriptor has to be sought.
+    start: Option<u64>,
+    /// What was read last, in order. The descriptor stands behind the last of them.
+    recent: Vec<Entry>,
+    /// How many of them are in the last reply; the others wait for the next.
+    sent: usize,
+}
+
+impl Position {
+    /// How many of `recent` are before the cookie, if it is of a place among them.
+    fn find(&self, cookie: u64) -> Option<usize> {
+        let start = self.start?;
+        let before = |count: usize| match count.checked_sub(1) {
+            Some(last) => self.recent.get(last).map(|entry| entry.next),
+            None => Some(start),
+        };
+        // Names with the same hash may have the same cookie. The end of the last reply is what is meant; or
+        // else the first such place: rather a name twice than one lost.
+        std::iter::once(self.sent)
+            .chain(0..=self.recent.len())
+            .find(|count| before(*count) == Some(cookie))
+    }
+
+    /// Forgets `count` of the oldest entries.
+    fn drop_first(&mut self, count: usize) {
+        if let Some(last) = self.recent.drain(..count.min(self.recent.len())).next_back() {
+            self.start = Some(last.next);
+        }
+        self.sent = self.sent.saturating_sub(count);
+    }
+}
 
 impl Share {
     /// READDIR and READDIRPLUS.
     ///
     /// A cookie is the host's `d_off`, opaque here too: it is only ever given back to `lseek` of the same
-    /// directory, so one that the guest made up lists at worst other names of it. What was read of the host
-    /// and did not fit is read again by the next request.
+    /// directory, so one that the guest made up lists at worst other names of it.
     pub(super) fn list(
         &self,
         caller: Caller,
@@ -31,36 +83,25 @@ impl Share {
         let inode = self.directory(caller.nodeid)?;
         let handle = self.handles.get(caller.nodeid, fh)?;
         let directory = handle.directory()?;
-        let mut position = directory.position.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = directory.position.lock().unwrap_or_else(PoisonError::into_inner);
+        let position = &mut *guard;
         // From the start even if it stands there: that is how rewinddir(3) asks for what is new.
-        if *position != Some(offset) || offset == 0 {
-            *position = None;
-            seek(&directory.fd, SeekFrom::Start(offset))?;
-        }
-        let factor = if sink.plus() { PLUS_FACTOR } else { 1 };
-        let wanted = (sink.room() / factor).clamp(BUFFER_LEAST, BUFFER);
-        let mut buffer = [MaybeUninit::uninit(); BUFFER];
-        let mut entries = RawDir::new(&directory.fd, buffer.get_mut(..wanted).unwrap_or_default());
-        *position = None;
-        let mut last = offset;
-        let mut any = false;
-        while let Some(entry) = entries.next() {
-            let entry = match entry {
-                Ok(entry) => entry,
-                // What was listed so far is not lost; the error comes back at the next request.
-                Err(_) if any => return Ok(()),
-                Err(error) => return Err(error.into()),
-            };
-            let name = entry.file_name();
-            if !sink.fits(name.count_bytes()) {
-                return if any { Ok(()) } else { Err(Errno::INVAL) };
+        match position.find(offset).filter(|_| offset != 0) {
+            Some(before) => position.drop_first(before),
+            None => {
+                *position = Position::default();
+                seek(&directory.fd, SeekFrom::Start(offset))?;
+                position.start = Some(offset);
             }
-            let listing = Listing {
-                ino: entry.ino(),
-                next: entry.next_entry_cookie(),
-                kind: kind(entry.file_type()),
-                name,
-            };
+        }
+        position.sent = 0;
+        let room = sink.room();
+
+        let add = |entry: &Entry, sink: &mut dyn DirectorySink| {
+            let name = entry.name.as_c_str();
+            if !sink.fits(name.count_bytes()) {
+                return false;
+            }
             let own = matches!(name.to_bytes(), b"." | b"..");
             // A name that is gone by now, or whose file cannot be looked up, is listed all the same, as
             // READDIR does; the guest will look it up itself if it wants to. It costs the rest nothing.
@@ -68,11 +109,66 @@ impl Share {
                 true => self.find_in(&inode, &directory.fd, name).ok(),
                 false => None,
             };
+            let listing = Listing { ino: entry.ino, next: entry.next, kind: entry.kind, name };
             sink.add(&listing, found.as_ref());
-            any = true;
-            last = listing.next;
+            true
+        };
+        for entry in &position.recent {
+            if !add(entry, sink) {
+                break;
+            }
+            position.sent += 1;
         }
-        *position = Some(last);
+
+        let factor = if sink.plus() { PLUS_FACTOR } else { 1 };
+        let mut buffer = [MaybeUninit::uninit(); BUFFER];
+        // Not on with a reply that is nearly full: what does not fit has to be kept.
+        while position.sent == position.recent.len()
+            && (position.sent == 0 || sink.room() / factor >= BUFFER_LEAST)
+        {
+            let wanted = (sink.room() / factor).clamp(BUFFER_LEAST, BUFFER);
+            let buffer = buffer.get_mut(..wanted).unwrap_or_default();
+            let mut entries = RawDir::new(&directory.fd, buffer);
+            let before = position.recent.len();
+            loop {
+                match entries.next() {
+                    None => break,
+                    Some(Ok(entry)) => position.recent.push(Entry {
+                        ino: entry.ino(),
+                        next: entry.next_entry_cookie(),
+                        kind: kind(entry.file_type()),
+                        name: entry.file_name().to_owned(),
+                    }),
+                    Some(Err(error)) => {
+                        // What was listed so far is not lost; the error comes back at the next request.
+                        if position.sent == 0 {
+                            *position = Position::default();
+                            return Err(error.into());
+                        }
+                        break;
+                    }
+                }
+                if entries.is_buffer_empty() {
+                    break;
+                }
+            }
+            if position.recent.len() == before {
+                break;
+            }
+            for entry in position.recent.iter().skip(before) {
+                if !add(entry, sink) {
+                    break;
+                }
+                position.sent += 1;
+            }
+        }
+        if position.sent == 0 && !position.recent.is_empty() {
+            return Err(Errno::INVAL);
+        }
+        if room - sink.room() > KEPT_REPLY {
+            let sent = position.sent;
+            position.drop_first(sent);
+        }
         Ok(())
     }
 }

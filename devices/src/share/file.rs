@@ -4,12 +4,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek};
 
-use super::Share;
 use super::attributes::is_on_overlay;
 use super::identity::WithoutFsetid;
 use super::inode::Held;
+use super::{Share, sys};
 use crate::fuse::abi::{
-    CopyFileRangeIn, FallocateIn, IoctlIn, Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE,
+    CopyFileRangeIn, FallocateIn, Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE,
     WRITE_KILL_SUIDGID, WriteIn,
 };
 use crate::fuse::{Caller, Errno, Payload, Result};
@@ -18,8 +18,22 @@ use crate::fuse::{Caller, Errno, Payload, Result};
 /// again for the rest.
 const COPY_MAX: u64 = 64 << 20;
 
-/// `FS_IOC_GETFLAGS` of linux/fs.h, whose argument is an `int` whatever its number says.
-const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
+/// What fallocate(2) can do. A Linux guest sends the first five; the rest move data under its own cache, and
+/// a kernel that sends them will know. Modes that are newer than this list are `EOPNOTSUPP`.
+const FALLOCATE_MODES: [i32; 9] = {
+    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+    [
+        0,
+        KEEP,
+        libc::FALLOC_FL_PUNCH_HOLE | KEEP,
+        libc::FALLOC_FL_ZERO_RANGE,
+        libc::FALLOC_FL_ZERO_RANGE | KEEP,
+        libc::FALLOC_FL_COLLAPSE_RANGE,
+        libc::FALLOC_FL_INSERT_RANGE,
+        libc::FALLOC_FL_UNSHARE_RANGE,
+        libc::FALLOC_FL_UNSHARE_RANGE | KEEP,
+    ]
+};
 
 impl Share {
     /// From the guest's open flags to those for the host: an allow-list.
@@ -120,7 +134,17 @@ impl Share {
         let append = request.flags & libc::O_APPEND as u32 != 0
             && request.fuse_flags & WRITE_CACHE == 0
             && !self.options.writeback();
-        let flags = if append { libc::RWF_APPEND } else { 0 };
+        let mut flags = if append { libc::RWF_APPEND } else { 0 };
+        // The descriptor syncs each write if it was opened so. A single write may want it too
+        // (`RWF_DSYNC` of pwritev2), and says so in the flags it would have to be opened with.
+        if request.fuse_flags & WRITE_CACHE == 0 {
+            let wanted = request.flags as i32;
+            if wanted & libc::O_SYNC == libc::O_SYNC {
+                flags |= libc::RWF_SYNC;
+            } else if wanted & libc::O_DSYNC != 0 {
+                flags |= libc::RWF_DSYNC;
+            }
+        }
         let _kill = WithoutFsetid::when(request.fuse_flags & WRITE_KILL_SUIDGID != 0)?;
         // What the guest writes back it wrote before, and took them off then.
         if request.fuse_flags & WRITE_CACHE == 0 {
@@ -174,19 +198,10 @@ impl Share {
         if !file.writable {
             return Err(Errno::BADF);
         }
-        let mode = FallocateFlags::from_bits_retain(request.mode);
-        let keep = FallocateFlags::KEEP_SIZE;
-        // What the Linux guest passes on. COLLAPSE_RANGE and INSERT_RANGE move data under its cache.
-        let allowed = [
-            FallocateFlags::empty(),
-            keep,
-            FallocateFlags::PUNCH_HOLE | keep,
-            FallocateFlags::ZERO_RANGE,
-            FallocateFlags::ZERO_RANGE | keep,
-        ];
-        if !allowed.contains(&mode) {
+        if !FALLOCATE_MODES.contains(&(request.mode as i32)) {
             return Err(Errno::OPNOTSUPP);
         }
+        let mode = FallocateFlags::from_bits_retain(request.mode);
         // The protocol does not say whether the caller has CAP_FSETID: rather a bit lost than one kept.
         let _kill = WithoutFsetid::when(true)?;
         self.drop_mapped_capability(&file.fd)?;
@@ -215,7 +230,14 @@ impl Share {
         Ok(seek(&file.fd, from)?)
     }
 
-    pub(super) fn copy_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u32> {
+    /// COPY_FILE_RANGE. The host shares the blocks where its file system can (reflink), copies inside it
+    /// otherwise, and may copy less than was asked, as may this.
+    ///
+    /// # Errors
+    ///
+    /// Besides the real ones, `EXDEV` or `EOPNOTSUPP` when it cannot be done here, after which the guest
+    /// reads and writes.
+    pub(super) fn copy_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u64> {
         let source = self.handles.get(caller.nodeid, request.fh_in)?;
         let target = self.handles.get(request.nodeid_out, request.fh_out)?;
         let (source, target) = (source.file()?, target.file()?);
@@ -230,24 +252,38 @@ impl Share {
         let (mut from, mut to) = (request.offset_in, request.offset_out);
         let _kill = WithoutFsetid::when(true)?;
         self.drop_mapped_capability(&target.fd)?;
-        let count = rustix::fs::copy_file_range(
+        let copied = rustix::fs::copy_file_range(
             &source.fd,
             Some(&mut from),
             &target.fd,
             Some(&mut to),
             len,
-        )?;
-        u32::try_from(count).map_err(|_| Errno::IO)
+        );
+        match copied {
+            Ok(count) => Ok(count as u64),
+            // A host without the call, or whose file system does not take these two files. ENOSYS would be
+            // for good, and for all files. (Two ranges of one file that overlap are the caller's mistake.)
+            Err(rustix::io::Errno::NOSYS) => Err(Errno::OPNOTSUPP),
+            Err(rustix::io::Errno::INVAL) if caller.nodeid != request.nodeid_out => {
+                Err(Errno::OPNOTSUPP)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
-    /// IOCTL: only what lsattr(1) asks. All others would be the host's devices' and file systems' to answer.
-    pub(super) fn control(&self, caller: Caller, request: &IoctlIn) -> Result<Vec<u8>> {
-        let handle = self.handles.get(caller.nodeid, request.fh)?;
-        if request.cmd != FS_IOC_GETFLAGS || request.out_size < 4 || request.in_size != 0 {
-            return Err(Errno::NOTTY);
+    /// FLUSH: a descriptor of the file was closed. Its data went to the host with each WRITE; what is left is
+    /// what the host's file system does and says at a close.
+    pub(super) fn flush_file(&self, caller: Caller, fh: u64) -> Result<()> {
+        let handle = self.handles.get(caller.nodeid, fh)?;
+        let file = handle.file()?;
+        if !file.writable {
+            return Ok(());
         }
-        let flags = rustix::fs::ioctl_getflags(&*handle)?;
-        Ok((flags.bits() as u32).to_ne_bytes().to_vec())
+        match rustix::io::dup(&file.fd) {
+            Ok(twin) => Ok(sys::close(twin)?),
+            // Not the caller's fault, and no data is lost.
+            Err(_) => Ok(()),
+        }
     }
 
     /// Opens a file for SETUPMAPPING.

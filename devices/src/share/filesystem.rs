@@ -45,8 +45,8 @@ impl FileSystem for Share {
         self.get_attributes(caller, fh)
     }
 
-    fn statx(&self, caller: Caller, fh: Option<u64>, _mask: u32) -> Result<StatxOut> {
-        self.get_statx(caller, fh)
+    fn statx(&self, caller: Caller, fh: Option<u64>, mask: u32) -> Result<StatxOut> {
+        self.get_statx(caller, fh, mask)
     }
 
     fn setattr(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
@@ -123,8 +123,7 @@ impl FileSystem for Share {
     }
 
     fn flush(&self, caller: Caller, fh: u64) -> Result<()> {
-        // Data went to the host with each WRITE, and locks are the guest's own: nothing is left to do.
-        self.handles.get(caller.nodeid, fh)?.file().map(|_| ())
+        self.flush_file(caller, fh)
     }
 
     fn release(&self, caller: Caller, fh: u64) -> Result<()> {
@@ -143,12 +142,12 @@ impl FileSystem for Share {
         self.seek_file(caller, request)
     }
 
-    fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u32> {
+    fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u64> {
         self.copy_range(caller, request)
     }
 
-    fn ioctl(&self, caller: Caller, request: &IoctlIn, _input: &[u8]) -> Result<Vec<u8>> {
-        self.control(caller, request)
+    fn ioctl(&self, caller: Caller, request: &IoctlIn, input: &[u8]) -> Result<Vec<u8>> {
+        self.control(caller, request, input)
     }
 
     fn opendir(&self, caller: Caller, _flags: u32) -> Result<OpenOut> {

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::directory::Position;
 use super::table::Table;
 use crate::fuse::{Errno, Result};
 
@@ -15,9 +16,8 @@ pub(super) struct OpenFile {
 /// An open directory.
 pub(super) struct OpenDirectory {
     pub(super) fd: OwnedFd,
-    /// The cookie at which the descriptor stands, if that is known. Locked while it is being read: the
-    /// position belongs to the descriptor.
-    pub(super) position: Mutex<Option<u64>>,
+    /// Where the listing stands. Locked while the descriptor is being read: the position belongs to it.
+    pub(super) position: Mutex<Position>,
 }
 
 enum Kind {
@@ -106,7 +106,7 @@ impl Handles {
     ///
     /// `ENFILE` when too many are open.
     pub(super) fn add_directory(&self, nodeid: u64, fd: OwnedFd) -> Result<u64> {
-        let position = Mutex::new(None);
+        let position = Mutex::default();
         self.insert(nodeid, Kind::Directory(OpenDirectory { fd, position }))
     }
 

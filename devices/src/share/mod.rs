@@ -18,6 +18,7 @@
 
 mod acl;
 mod attributes;
+mod control;
 mod directory;
 mod file;
 mod filesystem;

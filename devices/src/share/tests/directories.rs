@@ -135,3 +135,120 @@ fn directories_are_synced_and_are_no_files() {
     let answer = guest.call(Opcode::Opendir, file, &[body.as_slice()]);
     assert_eq!(answer.error, libc::ENOTDIR);
 }
+
+/// Lists from a cookie on, as a guest does whose process reads with a buffer for `taken` names: of each reply
+/// it takes so many, and asks for the rest again. Calls `meanwhile` with what it took after each.
+fn list_on(
+    guest: &Guest,
+    nodeid: u64,
+    (plus, size, taken): (bool, u32, usize),
+    mut offset: u64,
+    mut meanwhile: impl FnMut(&[Vec<u8>]),
+) -> Vec<Vec<u8>> {
+    let fh = guest.opendir(nodeid);
+    let mut names = Vec::new();
+    loop {
+        let part = guest.list(plus, nodeid, fh, offset, size).unwrap();
+        for one in part.iter().filter_map(|one| one.entry).filter(|entry| entry.nodeid != 0) {
+            guest.forget(one.nodeid, 1);
+        }
+        let part: Vec<_> = part.into_iter().take(taken).collect();
+        let Some(last) = part.last() else {
+            release(guest, Opcode::Releasedir, nodeid, fh).ok();
+            return names;
+        };
+        offset = last.next;
+        let part: Vec<_> = part.into_iter().map(|name| name.name).collect();
+        meanwhile(&part);
+        names.extend(part);
+        assert!(names.len() < 100_000, "a listing without end");
+    }
+}
+
+/// Lists a directory of `count` names while names vanish from it, those just listed and others, and checks
+/// that each that stayed is listed, and once.
+fn lose_none(guest: &mut Guest, path: &std::path::Path, nodeid: u64, count: u32) {
+    std::fs::write(path.join("one"), "").unwrap();
+    for way in [
+        (false, 4096, usize::MAX),
+        (true, 4096, usize::MAX),
+        (false, 4096, 50),
+        (true, 4096, 7),
+        (false, 300, usize::MAX),
+        (true, 600, usize::MAX),
+        (false, 128 << 10, usize::MAX),
+        (true, 128 << 10, usize::MAX),
+    ] {
+        guest.room = 16 + way.1 as usize;
+        for at in 0..count {
+            // Names of one file are made faster than files. Those that stayed are there.
+            let _ = std::fs::hard_link(path.join("one"), path.join(format!("name{at}")));
+        }
+        let mut gone = HashSet::new();
+        let mut spare = (0..count).step_by(5);
+        let names = list_on(guest, nodeid, way, 0, |part| {
+            // What was listed, as rm -r does, and what may be listed yet or not, from all over the directory.
+            let listed = part.iter().filter(|name| name.ends_with(b"7") || name.ends_with(b"3"));
+            let other = spare.by_ref().take(part.len() / 4).map(|at| format!("name{at}").into());
+            for name in listed.cloned().chain(other) {
+                let _ = std::fs::remove_file(path.join(std::str::from_utf8(&name).unwrap()));
+                gone.insert(name);
+            }
+        });
+        let seen: HashSet<_> = names.iter().collect();
+        assert_eq!(seen.len(), names.len(), "{way:?}: a name came twice");
+        for at in 0..count {
+            let name = format!("name{at}").into_bytes();
+            assert!(gone.contains(&name) || seen.contains(&name), "{way:?}: name{at} was lost");
+        }
+    }
+}
+
+#[test]
+fn no_name_of_ten_thousand_is_lost_while_others_are_deleted() {
+    let mut guest = Guest::new();
+    let path = guest.path().to_owned();
+    lose_none(&mut guest, &path, ROOT_ID, 10_000);
+}
+
+#[test]
+fn no_name_is_lost_where_the_host_numbers_the_entries() {
+    // On ramfs a cookie is the number of the entry in the list: what is deleted before it moves it.
+    for kind in ["ramfs", "tmpfs"] {
+        let mut guest = Guest::new();
+        let Some(mounted) = Mounted::new(&guest, "mounted", kind) else { return };
+        let node = guest.node("mounted");
+        lose_none(&mut guest, &mounted.0, node, 2000);
+    }
+}
+
+#[test]
+fn a_listing_can_be_taken_up_at_any_cookie_and_begun_anew() {
+    let guest = Guest::new();
+    for at in 0..1000 {
+        std::fs::write(guest.path().join(at.to_string()), "").unwrap();
+    }
+    let fh = guest.opendir(ROOT_ID);
+    let mut order = Vec::new();
+    let mut offset = 0;
+    loop {
+        let part = guest.list(false, ROOT_ID, fh, offset, 4096).unwrap();
+        let Some(last) = part.last() else { break };
+        offset = last.next;
+        order.extend(part.into_iter().map(|name| (name.name, name.next)));
+    }
+    assert_eq!(order.len(), 1002);
+    // seekdir(3) to where telldir(3) was, back and forth, of this descriptor and of a fresh one.
+    let fresh = guest.opendir(ROOT_ID);
+    for at in [500, 3, 1000, 501, 999, 120, 121, 0, 700] {
+        for fh in [fh, fresh] {
+            let part = guest.list(at % 2 == 0, ROOT_ID, fh, order[at].1, 4096).unwrap();
+            let expected = order[at + 1..].iter().map(|(name, _)| name);
+            assert!(part.iter().map(|one| &one.name).eq(expected.take(part.len())), "{at}");
+            assert_eq!(part.is_empty(), at + 1 == order.len());
+        }
+    }
+    // rewinddir(3) sees what is new.
+    std::fs::write(guest.path().join("new"), "").unwrap();
+    assert_eq!(all(&guest, false, fh, 4096).len(), 1003);
+}

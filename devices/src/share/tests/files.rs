@@ -144,9 +144,6 @@ fn the_rest_of_a_files_operations_work() {
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     fallocate(&guest, node, fh, punch, 0, 5).ok();
     assert_eq!(&content(&guest)[..10], b"\0\0\0\0\x0056789");
-    for mode in [libc::FALLOC_FL_COLLAPSE_RANGE, libc::FALLOC_FL_INSERT_RANGE, 1 << 20, -1] {
-        assert_eq!(fallocate(&guest, node, fh, mode, 0, 4096).error, libc::EOPNOTSUPP);
-    }
     for (offset, length) in [(0, 0), (0, u64::MAX), (u64::MAX, 1), (i64::MAX as u64, 1)] {
         assert_eq!(fallocate(&guest, node, fh, 0, offset, length).error, libc::EINVAL);
     }
@@ -175,6 +172,91 @@ fn the_rest_of_a_files_operations_work() {
     assert_eq!(content(&guest).len(), 20);
 }
 
+/// The host's own answer to a fallocate of a fresh file of three blocks, and the file.
+fn fallocate_here(guest: &Guest, mode: i32, offset: i64, length: i64) -> (i32, Vec<u8>) {
+    let path = guest.path().join("same");
+    std::fs::write(&path, three_blocks()).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let mode = rustix::fs::FallocateFlags::from_bits_retain(mode as u32);
+    let result = rustix::fs::fallocate(&file, mode, offset as u64, length as u64);
+    (result.err().map_or(0, |error| error.raw_os_error()), std::fs::read(path).unwrap())
+}
+
+fn three_blocks() -> Vec<u8> {
+    [[1; 4096], [2; 4096], [3; 4096]].concat()
+}
+
+#[test]
+fn fallocate_does_what_the_hosts_file_system_does_in_every_mode() {
+    use libc::{
+        FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_PUNCH_HOLE, FALLOC_FL_UNSHARE_RANGE, FALLOC_FL_ZERO_RANGE, O_RDONLY, O_RDWR,
+    };
+    let guest = Guest::new();
+    for mode in [
+        0,
+        FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_ZERO_RANGE,
+        FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_COLLAPSE_RANGE,
+        FALLOC_FL_INSERT_RANGE,
+        FALLOC_FL_UNSHARE_RANGE,
+        FALLOC_FL_UNSHARE_RANGE | FALLOC_FL_KEEP_SIZE,
+    ] {
+        for (offset, length) in [(4096, 4096), (8192, 8192), (5, 100), (1 << 20, 4096)] {
+            let node = file(&guest, &three_blocks());
+            let fh = guest.fh(node, O_RDWR);
+            let answer = fallocate(&guest, node, fh, mode, offset as u64, length as u64);
+            let expected = fallocate_here(&guest, mode, offset, length);
+            assert!((answer.error, content(&guest)) == expected, "{mode:#x} at {offset}");
+        }
+    }
+    let node = file(&guest, b"x");
+    let fh = guest.fh(node, O_RDWR);
+    for mode in [
+        FALLOC_FL_PUNCH_HOLE,
+        FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE,
+        // FALLOC_FL_NO_HIDE_STALE, and FALLOC_FL_WRITE_ZEROES of Linux 6.17.
+        4,
+        0x80,
+        1 << 20,
+        -1,
+    ] {
+        assert_eq!(fallocate(&guest, node, fh, mode, 0, 4096).error, libc::EOPNOTSUPP, "{mode:#x}");
+    }
+    let read_only = guest.fh(node, O_RDONLY);
+    assert_eq!(fallocate(&guest, node, read_only, 0, 0, 4096).error, libc::EBADF);
+}
+
+#[test]
+fn holes_and_data_are_where_the_host_says() {
+    let guest = Guest::new();
+    let node = file(&guest, b"");
+    let host = std::fs::OpenOptions::new().write(true).open(guest.path().join("file")).unwrap();
+    std::os::unix::fs::FileExt::write_at(&host, &[7; 4096], 1 << 20).unwrap();
+    host.set_len(3 << 20).unwrap();
+    let fh = guest.fh(node, libc::O_RDONLY);
+    let mut from = 0;
+    // What is data at this grain differs between file systems; that the guest sees the same does not.
+    for _ in 0..8 {
+        for whence in [libc::SEEK_DATA, libc::SEEK_HOLE] {
+            let body = LseekIn { fh, offset: from, whence: whence as u32, padding: 0 };
+            let answer = guest.call(Opcode::Lseek, node, &[body.as_slice()]);
+            let seek = match whence {
+                libc::SEEK_DATA => rustix::fs::SeekFrom::Data(from),
+                _ => rustix::fs::SeekFrom::Hole(from),
+            };
+            match rustix::fs::seek(&host, seek) {
+                Ok(at) => assert_eq!(answer.get::<LseekOut>().offset, at),
+                Err(error) => assert_eq!(answer.error, error.raw_os_error()),
+            }
+        }
+        from += 500_000;
+    }
+}
+
 #[test]
 fn holes_are_not_told_of_to_a_guest_that_collects_writes() {
     let guest = Guest::with(|options| options.writeback = true);
@@ -192,7 +274,7 @@ fn ranges_are_copied_on_the_host() {
     std::fs::write(guest.path().join("to"), "").unwrap();
     let to = guest.node("to");
     let (fh_in, fh_out) = (guest.fh(node, libc::O_RDONLY), guest.fh(to, libc::O_RDWR));
-    let copy = |change: &dyn Fn(&mut CopyFileRangeIn)| {
+    let send = |opcode, change: &dyn Fn(&mut CopyFileRangeIn)| {
         let mut body = CopyFileRangeIn {
             fh_in,
             offset_in: 2,
@@ -203,29 +285,110 @@ fn ranges_are_copied_on_the_host() {
             flags: 0,
         };
         change(&mut body);
-        guest.call(Opcode::CopyFileRange, node, &[body.as_slice()])
+        guest.call(opcode, node, &[body.as_slice()])
     };
+    let copy = |change: &dyn Fn(&mut CopyFileRangeIn)| send(Opcode::CopyFileRange, change);
     assert_eq!(copy(&|_| {}).get::<WriteOut>().size, 4);
     assert_eq!(std::fs::read(guest.path().join("to")).unwrap(), b"\x002345");
     assert_eq!(copy(&|body| body.flags = 1).error, libc::EINVAL);
     assert_eq!(copy(&|body| body.len = u64::MAX).error, libc::EINVAL);
+    assert_eq!(copy(&|body| body.offset_in = i64::MAX as u64).error, libc::EINVAL);
     assert_eq!(copy(&|body| body.fh_out = fh_in).error, libc::EBADF);
     assert_eq!(copy(&|body| body.nodeid_out = node).error, libc::EBADF);
+    assert_eq!(copy(&|body| body.fh_in = 99).error, libc::EBADF);
     assert_eq!(copy(&|body| body.len = 1 << 50).get::<WriteOut>().size, 8);
+    assert_eq!(copy(&|body| body.offset_in = 10).get::<WriteOut>().size, 0, "the end of the file");
+    let long = send(Opcode::CopyFileRange64, &|body| body.len = 1 << 50);
+    assert_eq!(long.get::<CopyFileRangeOut>().bytes_copied, 8);
 }
 
 #[test]
-fn ioctls_are_refused_but_the_one_that_lsattr_needs() {
+fn a_long_copy_is_done_in_pieces_and_whole_in_the_end() {
     let guest = Guest::new();
     let node = file(&guest, b"");
-    let fh = guest.fh(node, libc::O_RDONLY);
-    let ioctl = |cmd, in_size, out_size, data: &[u8]| {
-        let body = IoctlIn { fh, cmd, in_size, out_size, ..IoctlIn::default() };
-        guest.call(Opcode::Ioctl, node, &[body.as_slice(), data])
+    let path = guest.path().join("file");
+    let size: u64 = (64 << 20) + 12345;
+    let host = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    // Mostly a hole.
+    for at in (0..size).step_by(9 << 20) {
+        std::os::unix::fs::FileExt::write_at(&host, &at.to_ne_bytes(), at).unwrap();
+    }
+    host.set_len(size).unwrap();
+    let answer = guest.create(ROOT_ID, "to", libc::O_RDWR, 0o600);
+    let (entry, open): (EntryOut, OpenOut) = (answer.part(0), answer.part(128));
+    let fh_in = guest.fh(node, libc::O_RDONLY);
+    let mut done = 0;
+    let mut pieces = 0;
+    while done < size {
+        let body = CopyFileRangeIn {
+            fh_in,
+            offset_in: done,
+            nodeid_out: entry.nodeid,
+            fh_out: open.fh,
+            offset_out: done,
+            len: size - done,
+            flags: 0,
+        };
+        let answer = guest.call(Opcode::CopyFileRange64, node, &[body.as_slice()]);
+        let count = answer.get::<CopyFileRangeOut>().bytes_copied;
+        assert!(count > 0 && count <= 64 << 20, "{count}");
+        done += count;
+        pieces += 1;
+    }
+    assert!(pieces > 1);
+    assert!(std::fs::read(path).unwrap() == std::fs::read(guest.path().join("to")).unwrap());
+}
+
+#[test]
+fn what_the_host_cannot_copy_the_guest_is_told_to_copy_itself() {
+    let guest = Guest::new();
+    let Some(_mounted) = Mounted::new(&guest, "other", "tmpfs") else { return };
+    let node = file(&guest, b"text");
+    std::fs::write(guest.path().join("other/to"), "").unwrap();
+    let to = guest.node("other/to");
+    let body = CopyFileRangeIn {
+        fh_in: guest.fh(node, libc::O_RDONLY),
+        nodeid_out: to,
+        fh_out: guest.fh(to, libc::O_RDWR),
+        len: 4,
+        ..CopyFileRangeIn::default()
     };
-    let answer = ioctl(0x8008_6601, 0, 4, b"");
-    assert!(answer.error == libc::ENOTTY || answer.body.len() == 16 + 4);
-    assert_eq!(ioctl(0x4008_6602, 4, 0, b"\0\0\0\0").error, libc::ENOTTY);
-    assert_eq!(ioctl(0x5401, 0, 60, b"").error, libc::ENOTTY);
-    assert_eq!(ioctl(0x5401, u32::MAX, u32::MAX, b"").error, libc::EINVAL);
+    for opcode in [Opcode::CopyFileRange, Opcode::CopyFileRange64] {
+        let error = guest.call(opcode, node, &[body.as_slice()]).error;
+        assert!([libc::EXDEV, libc::EOPNOTSUPP].contains(&error), "{error}");
+    }
+}
+
+#[test]
+fn a_single_write_that_is_to_be_durable_is() {
+    // Of a guest that opened without O_SYNC and writes with RWF_DSYNC. That the data is on the disk cannot be
+    // seen from here, but that the host was asked can: a file system that refuses the flag refuses the write.
+    let guest = Guest::new();
+    let node = file(&guest, b"");
+    let fh = guest.fh(node, libc::O_RDWR);
+    for flags in [libc::O_DSYNC, libc::O_SYNC, libc::O_SYNC | libc::O_APPEND, libc::O_DIRECT] {
+        let answer = guest.write_with(node, fh, 0, b"abc", libc::O_RDWR | flags, 0);
+        assert_eq!(answer.get::<WriteOut>().size, 3, "{flags:#o}");
+    }
+    assert_eq!(content(&guest), b"abcabc");
+}
+
+#[test]
+fn a_flush_is_of_a_file_that_is_open() {
+    let guest = Guest::new();
+    let node = file(&guest, b"");
+    let flush = |nodeid, fh| {
+        let body = FlushIn { fh, ..FlushIn::default() };
+        guest.call(Opcode::Flush, nodeid, &[body.as_slice()]).error
+    };
+    for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR] {
+        let fh = guest.fh(node, flags);
+        // As often as descriptors are closed, and the file stays open.
+        assert_eq!((flush(node, fh), flush(node, fh)), (0, 0));
+        assert_eq!(guest.getattr(node).error, 0);
+        assert_eq!(flush(ROOT_ID, fh), libc::EBADF);
+        release(&guest, Opcode::Release, node, fh).ok();
+        assert_eq!(flush(node, fh), libc::EBADF);
+    }
+    assert_eq!(flush(ROOT_ID, guest.opendir(ROOT_ID)), libc::EBADF);
 }
