@@ -14,10 +14,11 @@ in_fuse := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/with-fu
 PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
-           kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo
+           kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/suite \
+           $(wildcard tests/suites/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build kernel demo test lint unit door integration install tools
+.PHONY: help build kernel demo test lint unit door suites-quick suites integration install tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -36,7 +37,7 @@ demo: build kernel ## share a directory with a guest and look at it from both si
 	$(unpack)
 	WITH_KVM_CPUS=1 tests/with-kvm tests/demo
 
-test: lint unit door integration ## everything a change must pass
+test: lint unit door suites-quick integration ## everything a change must pass
 
 lint: tools ## formatting, clippy, the scripts' syntax
 	cargo fmt --all --check
@@ -49,6 +50,14 @@ unit: tools ## the tests that need no virtual machine
 
 door: tools ## the tests of a share on /dev/fuse: here as root, else in the emulated machine
 	$(in_fuse) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test door
+
+suites-quick: tools ## a small part of what `make suites` runs, on /dev/fuse
+	tests/suite --quick pjdfstest fsx fio git
+
+suites: build kernel ## pjdfstest, stress-ng, fsx, fio, sqlite, git, tar, apt, find; on /dev/fuse and in guests: hours
+	tests/suite all
+	tests/suite --on guest-dax all
+	tests/suite --on guest all
 
 integration: build kernel ## the tests that boot guests: here if this machine can, else in an emulated one
 	$(unpack)

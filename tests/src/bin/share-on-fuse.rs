@@ -17,7 +17,7 @@ Usage: share-on-fuse [-o OPTION,…] HOST_DIR MOUNT_POINT [-- COMMAND [ARG…]]
 Serves HOST_DIR at MOUNT_POINT, as root, by the code that serves a guest. With COMMAND, until that ends, and exits
 with its status; otherwise until SIGTERM, SIGINT, SIGHUP or an unmount. Exits with 70 when the server has failed.
 
-Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, device-nodes, inodes=N, handles=N";
+Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, dev, inodes=N, handles=N";
 
 /// `EX_SOFTWARE` of sysexits.h.
 const SOFTWARE: u8 = 70;
@@ -123,7 +123,7 @@ fn parse(mut options: Options, text: &str) -> Result<Options> {
         match (key, value) {
             ("ro", "") => options.read_only = true,
             ("writeback", "") => options.writeback = true,
-            ("device-nodes", "") => options.device_nodes = true,
+            ("dev", "") => options.device_nodes = true,
             ("xattr", "on") => options.xattr = XattrPolicy::On,
             ("xattr", "mapped") => options.xattr = XattrPolicy::Mapped,
             ("xattr", "off") => options.xattr = XattrPolicy::Off,
