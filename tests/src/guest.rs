@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::hash::Hasher;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -46,10 +47,10 @@ fn default_cache() -> PathBuf {
 }
 
 fn kept_kernel(cache: &Path) -> Option<PathBuf> {
-    use std::time::UNIX_EPOCH;
-    let kernel = fs::metadata(vmlinuz()).ok()?;
-    let modified = kernel.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
-    let path = cache.join("oriel").join(format!("vmlinux-{}-{modified}", kernel.len()));
+    // Named after what it was unpacked from.
+    let mut hasher = std::hash::DefaultHasher::new();
+    hasher.write(&fs::read(vmlinuz()).ok()?);
+    let path = cache.join("oriel").join(format!("vmlinux-{:016x}", hasher.finish()));
     path.is_file().then_some(path)
 }
 

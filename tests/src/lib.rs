@@ -10,12 +10,14 @@
     reason = "a test fails by a panic"
 )]
 
+mod bench;
 pub mod door;
 mod guest;
 mod run;
 mod tree;
 
+pub use bench::{Bench, kvm_counter};
 pub use door::Door;
 pub use guest::{busybox, vmlinux, vmlinuz};
 pub use run::{Oriel, Outcome, Running, text};
-pub use tree::{Tree, copy_executable, noise, sha256};
+pub use tree::{Random, Tree, copy_executable, noise, sha256};

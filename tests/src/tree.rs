@@ -1,6 +1,7 @@
 //! Host directories for guests, and what is in them.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,6 +66,15 @@ impl Tree {
         fs::write(self.path(name), bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 
+    /// Writes a file of `size` bytes, none of which is in a hole.
+    pub fn fill(&self, name: &str, size: usize) {
+        let piece = vec![7; 1 << 20];
+        let mut file = fs::File::create(self.path(name)).expect("a new file");
+        for at in (0..size).step_by(piece.len()) {
+            file.write_all(&piece[..piece.len().min(size - at)]).expect("room for the file");
+        }
+    }
+
     /// Reads a file that must be there.
     #[track_caller]
     pub fn read(&self, name: &str) -> Vec<u8> {
@@ -94,15 +104,35 @@ pub fn copy_executable(from: &Path, to: &Path) {
     fs::set_permissions(to, fs::Permissions::from_mode(0o755)).expect("chmod");
 }
 
-/// Bytes without a pattern, the same every time (xorshift64*).
+/// Numbers without a pattern, the same every time (xorshift64*).
+pub struct Random(u64);
+
+impl Random {
+    /// A sequence of its own for each seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// The next number.
+    pub fn number(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `end`, which is at least 1.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.number() % end
+    }
+}
+
+/// Bytes without a pattern, the same every time.
 pub fn noise(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut random = Random::new(seed);
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        bytes.extend(state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+        bytes.extend(random.number().to_le_bytes());
     }
     bytes.truncate(length);
     bytes

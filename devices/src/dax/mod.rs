@@ -1,14 +1,33 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
 mod budget;
+mod policy;
+mod prefault;
 mod probe;
+mod streams;
 mod table;
 pub mod window;
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
+pub use policy::Policy;
+pub use prefault::GuestPageTables;
 pub use window::{GrowError, Window};
+
+/// What a window holds and did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Bytes of files that are mapped now.
+    pub mapped_bytes: u64,
+    /// Places where zeros were put for pages that a file has lost or the host cannot read, and places where
+    /// the file's pages came back.
+    pub repairs: u64,
+    /// Ranges for which pages were entered ahead of the guest's faults.
+    pub prefaulted: u64,
+    /// Bytes of these pages.
+    pub prefaulted_bytes: u64,
+}
 
 /// The window as the FUSE server sees it (virtio 1.3, 5.11.6.4): where it lives in guest or host memory is
 /// not the server's business.
@@ -51,6 +70,11 @@ pub trait DaxWindow: Send + Sync {
         writable: bool,
     ) -> io::Result<()>;
 
+    /// The range at `offset` was mapped by [`map`](Self::map), and the guest is about to hear of it: the
+    /// moment to make ready what it will touch next. Called without the locks under which `map` is called;
+    /// the mapping may be gone already. May take as long as a guest needs to touch all of it.
+    fn mapped(&self, _offset: u64) {}
+
     /// Takes away whatever is mapped in the range. A range where nothing is mapped is fine.
     ///
     /// # Errors
@@ -63,6 +87,11 @@ pub trait DaxWindow: Send + Sync {
     /// to the size that it was told. For any other window there is nothing to do. Called before most
     /// replies, so it must cost nothing when nothing was lost.
     fn file_may_have_grown(&self) {}
+
+    /// What there is to say of the window in numbers.
+    fn statistics(&self) -> Statistics {
+        Statistics::default()
+    }
 
     /// Takes away everything: DESTROY, a device reset, a second INIT. Idempotent.
     fn clear(&self);

@@ -5,14 +5,15 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use rustix::fs::fstat;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use super::DaxWindow;
 use super::budget::{self, Budget};
+use super::streams::Streams;
 use super::table::{Backing, FileEnds, Mapping, Opened, State, page_end};
+use super::{DaxWindow, GuestPageTables, Statistics};
 
 /// Alignment of the window and of its size, in bytes: that of a large page. Host and guest address have to
 /// agree modulo this for KVM to map one, and it is how much the Linux guest maps at a time.
@@ -63,6 +64,10 @@ pub struct Window {
     repaired: AtomicBool,
     /// Goes up with everything that is repaired.
     pub(super) repairs: AtomicU64,
+    pub(super) tables: OnceLock<Weak<dyn GuestPageTables>>,
+    pub(super) prefaulted: AtomicU64,
+    pub(super) prefaulted_bytes: AtomicU64,
+    pub(super) streams: Mutex<Streams>,
     // One repair at a time, from asking the host where files end to acting on it: a file that grows in
     // between is seen by the next. Taken before `state`, and held while the host is asked, which may block;
     // no `map` or `unmap` waits for it.
@@ -163,6 +168,10 @@ impl Window {
             budget,
             repaired: AtomicBool::new(false),
             repairs: AtomicU64::new(0),
+            tables: OnceLock::new(),
+            prefaulted: AtomicU64::new(0),
+            prefaulted_bytes: AtomicU64::new(0),
+            streams: Mutex::default(),
             repairing: Mutex::default(),
             state: Mutex::default(),
         })
@@ -514,6 +523,19 @@ impl DaxWindow for Window {
         placed
     }
 
+    fn mapped(&self, offset: u64) {
+        self.prefault(offset);
+    }
+
+    fn statistics(&self) -> Statistics {
+        Statistics {
+            mapped_bytes: self.state().mappings.values().map(|mapping| mapping.len).sum(),
+            repairs: self.repairs(),
+            prefaulted: self.prefaulted.load(Ordering::Relaxed),
+            prefaulted_bytes: self.prefaulted_bytes.load(Ordering::Relaxed),
+        }
+    }
+
     fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         let mut state = self.state();
@@ -529,6 +551,7 @@ impl DaxWindow for Window {
     }
 
     fn clear(&self) {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let mut state = self.state();
         // One call that joins all areas into one: cannot run out of them.
         if let Err(error) = self.reserve(0, self.size()) {

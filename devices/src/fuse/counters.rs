@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use super::errno::Errno;
 use super::opcode::{OPCODES, Opcode};
 
 /// One more than the largest opcode.
@@ -27,6 +28,14 @@ pub struct Counters {
     pub dax_removes: AtomicU64,
     /// Ranges mapped now (a gauge).
     pub dax_live: AtomicU64,
+    /// SETUPMAPPINGs that were refused because they are malformed or not of a regular file.
+    pub dax_refused_invalid: AtomicU64,
+    /// … because the share or the file may not be written or read.
+    pub dax_refused_access: AtomicU64,
+    /// … because the window or the process has too many mappings, or the host no memory.
+    pub dax_refused_full: AtomicU64,
+    /// … because the host's file system has no shared mappings, or no such file any more.
+    pub dax_refused_host: AtomicU64,
     /// INITs that began a session.
     pub sessions: AtomicU64,
 }
@@ -43,6 +52,10 @@ impl Default for Counters {
             dax_upgrades: AtomicU64::new(0),
             dax_removes: AtomicU64::new(0),
             dax_live: AtomicU64::new(0),
+            dax_refused_invalid: AtomicU64::new(0),
+            dax_refused_access: AtomicU64::new(0),
+            dax_refused_full: AtomicU64::new(0),
+            dax_refused_host: AtomicU64::new(0),
             sessions: AtomicU64::new(0),
         }
     }
@@ -57,6 +70,17 @@ impl Counters {
 
     pub(super) fn add(counter: &AtomicU64, count: usize) {
         counter.fetch_add(count as u64, Relaxed);
+    }
+
+    /// Counts a SETUPMAPPING that failed.
+    pub(super) fn refuse_mapping(&self, errno: Errno) {
+        let counter = match errno {
+            Errno::INVAL => &self.dax_refused_invalid,
+            Errno::ACCES | Errno::PERM | Errno::ROFS => &self.dax_refused_access,
+            Errno::NOMEM | Errno::NFILE | Errno::MFILE => &self.dax_refused_full,
+            _ => &self.dax_refused_host,
+        };
+        Self::add(counter, 1);
     }
 
     /// How many well-formed requests of one operation came.
@@ -80,6 +104,10 @@ impl Counters {
             ("dax_upgrades", &self.dax_upgrades),
             ("dax_removes", &self.dax_removes),
             ("dax_live", &self.dax_live),
+            ("dax_refused_invalid", &self.dax_refused_invalid),
+            ("dax_refused_access", &self.dax_refused_access),
+            ("dax_refused_full", &self.dax_refused_full),
+            ("dax_refused_host", &self.dax_refused_host),
             ("sessions", &self.sessions),
         ];
         operations.chain(rest.map(|(name, counter)| (name, counter.load(Relaxed)))).collect()

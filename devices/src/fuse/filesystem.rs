@@ -106,6 +106,11 @@ pub trait FileSystem: Send + Sync {
     /// What to negotiate.
     fn preferences(&self) -> Preferences;
 
+    /// What there is to say of the file system in numbers, by name.
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// A session begins or ends: drops every node but the root, and every handle. Node ids and handles that
     /// were given out before are never valid again. Requests may still be running; what they hold goes when
     /// they end. Idempotent.

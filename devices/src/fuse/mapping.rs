@@ -90,8 +90,29 @@ impl Mappings {
         Ok(end)
     }
 
+    /// What there is to say of the window in numbers, by name.
+    pub(super) fn statistics(&self) -> [(&'static str, u64); 4] {
+        let of = self.window.statistics();
+        [
+            ("dax_mapped_bytes", of.mapped_bytes),
+            ("dax_repairs", of.repairs),
+            ("dax_prefaulted", of.prefaulted),
+            ("dax_prefaulted_bytes", of.prefaulted_bytes),
+        ]
+    }
+
     /// SETUPMAPPING.
     pub(super) fn setup(
+        &self,
+        fs: &dyn FileSystem,
+        caller: Caller,
+        request: &SetupmappingIn,
+        counters: &Counters,
+    ) -> Result<()> {
+        self.map(fs, caller, request, counters).inspect_err(|errno| counters.refuse_mapping(*errno))
+    }
+
+    fn map(
         &self,
         fs: &dyn FileSystem,
         caller: Caller,
@@ -134,6 +155,8 @@ impl Mappings {
         );
         counters.dax_live.store(state.live.len() as u64, Relaxed);
         drop(state);
+        // Not under the lock: it may take a while, and other ranges need not wait for that.
+        self.window.mapped(request.moffset);
         Counters::add(&counters.dax_setups, 1);
         Counters::add(&counters.dax_upgrades, usize::from(upgrade));
         Ok(())

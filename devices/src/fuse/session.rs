@@ -102,6 +102,14 @@ impl Session {
         &self.counters
     }
 
+    /// The counters with their names, and what the window and the file system add to them.
+    pub fn snapshot(&self) -> Vec<(&'static str, u64)> {
+        let mut all = self.counters.snapshot();
+        all.extend(self.mappings.iter().flat_map(Mappings::statistics));
+        all.extend(self.fs.statistics());
+        all
+    }
+
     /// The operations without a reply. There is nobody to tell of an error.
     fn unanswered(&self, limits: &Limits, header: &Header, request: &GuestBuffer<'_>) {
         let forget = matches!(limits.opcode, Opcode::Forget | Opcode::BatchForget);

@@ -47,10 +47,24 @@ pub(super) fn is_overlay_in(mountinfo: &str, mount: u64) -> bool {
 }
 
 impl Share {
-    /// Whether a file is to be mapped through the window: the one place that decides, so that LOOKUP,
+    /// Whether a node is to be mapped through the window: the one place that says so, so that LOOKUP,
     /// GETATTR, SETATTR, READDIRPLUS and CREATE say the same. (A guest drops what it knows of a file when
     /// the answer changes.)
-    pub(super) fn is_dax(&self, stat: &Statx) -> bool {
+    fn is_dax(&self, nodeid: u64, stat: &Statx) -> bool {
+        let decided = self.mapped.as_ref().is_none_or(|mapped| mapped.is_mapped(nodeid));
+        decided && self.can_be_dax(stat)
+    }
+
+    /// A node was looked up: decides anew whether it is to be mapped, unless the guest has it open.
+    pub(super) fn decide_dax(&self, nodeid: u64, stat: &Statx) {
+        if let Some(mapped) = &self.mapped
+            && self.can_be_dax(stat)
+        {
+            mapped.look_up(nodeid, stat.stx_size);
+        }
+    }
+
+    fn can_be_dax(&self, stat: &Statx) -> bool {
         let mode = u32::from(stat.stx_mode);
         if mode & libc::S_IFMT != libc::S_IFREG {
             return false;
@@ -111,7 +125,7 @@ impl Share {
     }
 
     /// The attributes as FUSE has them. `flags` is what comes on top of [`ATTR_DAX`].
-    pub(super) fn attr(&self, stat: &Statx, flags: u32) -> Attr {
+    pub(super) fn attr(&self, nodeid: u64, stat: &Statx, flags: u32) -> Attr {
         let mode = u32::from(stat.stx_mode);
         Attr {
             ino: stat.stx_ino,
@@ -130,17 +144,17 @@ impl Share {
             gid: self.options.gids.to_guest(HostGid(stat.stx_gid)).0,
             rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
             blksize: stat.stx_blksize,
-            flags: flags | if self.is_dax(stat) { ATTR_DAX } else { 0 },
+            flags: flags | if self.is_dax(nodeid, stat) { ATTR_DAX } else { 0 },
         }
     }
 
-    fn attr_out(&self, file: impl AsFd) -> Result<AttrOut> {
+    fn attr_out(&self, nodeid: u64, file: impl AsFd) -> Result<AttrOut> {
         let timeout = self.options.timeouts().attributes;
         Ok(AttrOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
-            attr: self.attr(&host::stat(file)?, 0),
+            attr: self.attr(nodeid, &host::stat(file)?, 0),
         })
     }
 
@@ -154,7 +168,7 @@ impl Share {
     }
 
     pub(super) fn get_attributes(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
-        self.attr_out(self.file(&self.node(caller, fh)?)?)
+        self.attr_out(caller.nodeid, self.file(&self.node(caller, fh)?)?)
     }
 
     /// STATX: attributes and the birth time, of these what is `wanted` and what the host has. Mounts have
@@ -175,7 +189,7 @@ impl Share {
         // place for ATTR_DAX, for those of a file without DAX: it then drops the file, and what is mapped of
         // it, at every close (`fuse_do_statx`, fs/fuse/dir.c; `fuse_dax_dontcache`, fs/fuse/dax.c). It knows
         // the type, and tells its caller so whatever is said here.
-        if self.is_dax(&stat) {
+        if self.is_dax(caller.nodeid, &stat) {
             mask &= !libc::STATX_TYPE;
         }
         Ok(StatxOut {
@@ -260,7 +274,7 @@ impl Share {
                 utimensat(proc_fd, path, &times, AtFlags::empty())
             })?;
         }
-        self.attr_out(file)
+        self.attr_out(caller.nodeid, file)
     }
 
     fn truncate(&self, file: impl AsFd, size: u64) -> Result<()> {

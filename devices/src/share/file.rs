@@ -89,6 +89,9 @@ impl Share {
     pub(super) fn add_open_file(&self, nodeid: u64, fd: OwnedFd, flags: OFlags) -> Result<OpenOut> {
         let writable = flags & OFlags::ACCMODE != OFlags::RDONLY;
         let fh = self.handles.add_file(nodeid, fd, writable)?;
+        if let Some(mapped) = &self.mapped {
+            mapped.opened(nodeid);
+        }
         Ok(OpenOut { fh, open_flags: self.options.file_open_flags(), passthrough: 0 })
     }
 

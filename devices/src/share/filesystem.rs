@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::AtFlags;
 
 use super::{DaxPolicy, Share};
+use crate::dax::Policy;
 use crate::fuse::abi::{
     AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, IoctlIn, Kstatfs, LseekIn,
     OPEN_KILL_SUIDGID, OpenOut, ReadIn, SetattrIn, StatxOut, WriteIn,
@@ -28,9 +29,16 @@ impl FileSystem for Share {
         }
     }
 
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        self.mapped.iter().flat_map(Policy::statistics).collect()
+    }
+
     fn clear(&self) {
         self.handles.clear();
         self.inodes.clear();
+        if let Some(mapped) = &self.mapped {
+            mapped.clear();
+        }
     }
 
     fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
@@ -39,6 +47,11 @@ impl FileSystem for Share {
 
     fn forget(&self, nodeid: u64, count: u64) {
         self.inodes.forget(nodeid, count);
+        if let Some(mapped) = &self.mapped
+            && self.inodes.get(nodeid).is_err()
+        {
+            mapped.forgotten(nodeid);
+        }
     }
 
     fn getattr(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
@@ -127,7 +140,11 @@ impl FileSystem for Share {
     }
 
     fn release(&self, caller: Caller, fh: u64) -> Result<()> {
-        self.handles.close(caller.nodeid, fh, |handle| handle.file().is_ok())
+        self.handles.close(caller.nodeid, fh, |handle| handle.file().is_ok())?;
+        if let Some(mapped) = &self.mapped {
+            mapped.closed(caller.nodeid);
+        }
+        Ok(())
     }
 
     fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {

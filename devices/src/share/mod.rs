@@ -43,6 +43,7 @@ pub use ids::{
 };
 pub use options::{CachePolicy, DaxPolicy, Options, Timeouts, XattrPolicy};
 
+use crate::dax::Policy;
 use handle::Handles;
 use host::Host;
 use inode::Inodes;
@@ -59,6 +60,8 @@ pub struct Share {
     host: Host,
     inodes: Inodes,
     handles: Handles,
+    /// Of the files that can be mapped, which are. `None`: all.
+    mapped: Option<Policy>,
     switch_identity: bool,
     /// The ids of the process.
     own: (HostUid, HostGid),
@@ -98,6 +101,10 @@ impl Share {
             own: identity::own(),
             inodes: Inodes::new(root, &attributes, inodes),
             handles: Handles::new(handles),
+            mapped: match (options.dax, options.window) {
+                (DaxPolicy::Inode, Some(window)) => Some(Policy::new(window, !options.direct_io())),
+                _ => None,
+            },
             host,
             options,
         })

@@ -62,6 +62,7 @@ impl Share {
         let closed = crosses && pseudo::is_pseudo(&fd)?;
         let inode = self.inodes.remember(fd, &stat, closed)?;
         let mounted = crosses && self.options.submounts && inode.is_directory();
+        self.decide_dax(inode.nodeid, &stat);
         let timeouts = self.options.timeouts();
         Ok(EntryOut {
             nodeid: inode.nodeid,
@@ -71,7 +72,7 @@ impl Share {
             attr_valid: timeouts.attributes.as_secs(),
             entry_valid_nsec: timeouts.entry.subsec_nanos(),
             attr_valid_nsec: timeouts.attributes.subsec_nanos(),
-            attr: self.attr(&stat, if mounted { ATTR_SUBMOUNT } else { 0 }),
+            attr: self.attr(inode.nodeid, &stat, if mounted { ATTR_SUBMOUNT } else { 0 }),
         })
     }
 

@@ -77,6 +77,9 @@ pub struct Options {
     pub negative_timeout: Option<Duration>,
     /// Which files are mapped through the window.
     pub dax: DaxPolicy,
+    /// Bytes of the window. With [`DaxPolicy::Inode`] it decides which files are marked; `None` marks
+    /// whatever can be mapped.
+    pub window: Option<u64>,
     /// Whether the guest may collect writes in its page cache. It then believes its own sizes and times, so
     /// this is for a directory that nobody else changes. Not with [`CachePolicy::Never`] and
     /// [`CachePolicy::Metadata`].
@@ -121,6 +124,7 @@ impl Options {
             attr_timeout: None,
             negative_timeout: None,
             dax: DaxPolicy::default(),
+            window: None,
             writeback: false,
             xattr: XattrPolicy::Off,
             acl: false,

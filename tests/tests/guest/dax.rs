@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use integration::{Oriel, Tree, copy_executable, noise, sha256, text};
+use integration::{Bench, Oriel, Tree, copy_executable, noise, sha256, text};
 
 use super::PROBE;
 use super::shares::counters;
@@ -178,4 +178,69 @@ fn large(options: &str) {
 fn a_quarter_of_a_gibibyte_arrives_in_both_directions() {
     large("dax=always,window=128M");
     large("dax=never");
+}
+
+/// Pages in what the guest maps at a time.
+const RANGE: u64 = 512;
+
+/// Numbers of a share's counters.
+fn count(counters: &serde_json::Map<String, serde_json::Value>, name: &str) -> u64 {
+    counters.get(name).and_then(|count| count.as_u64()).unwrap_or(0)
+}
+
+#[test]
+fn a_file_read_in_order_costs_no_faults_and_random_touches_enter_no_neighbours() {
+    let tree = Tree::with_probe(PROBE);
+    tree.fill("data", 96 * 2 * MIB);
+    let stats = tempfile::NamedTempFile::new().unwrap();
+    let share = tree.at("/s", "dax=always,window=256M");
+    let arguments = ["-v", &share, "--stats", stats.path().to_str().unwrap()];
+    let mut guest = Bench::with(&arguments, "/s", &["data"]);
+    let mut faults = |line: &str| {
+        let before = guest.faults();
+        guest.time(line);
+        guest.faults() - before
+    };
+    let in_order = faults(&format!("touch 0 {}", 32 * RANGE));
+    assert!(in_order <= 2 * 32, "{in_order} faults for 32 ranges in order, 512 each without help");
+    let scattered = faults("scatter 32 64 1");
+    assert!((32..=3 * 32).contains(&scattered), "{scattered} faults for 32 single pages");
+    // All the pages of ranges that come in no order: what it costs without.
+    let shuffled = faults("ranges 64 80 3");
+    // Three of them may follow one another all the same.
+    assert!(shuffled >= 14 * RANGE, "{shuffled} faults for 16 ranges in a random order");
+    guest.end();
+    let counters = counters(stats.path(), "share0");
+    let prefaulted = count(&counters, "dax_prefaulted");
+    assert!((32..=34).contains(&prefaulted), "{counters:?}");
+    let bytes = count(&counters, "dax_prefaulted_bytes");
+    assert_eq!(bytes, prefaulted * 2 * MIB as u64, "{counters:?}");
+}
+
+#[test]
+fn with_dax_inode_files_are_mapped_while_they_fit_the_window_and_read_otherwise() {
+    let tree = Tree::with_probe(PROBE);
+    let stats = tempfile::NamedTempFile::new().unwrap();
+    tree.fill("small", 100 << 10);
+    tree.fill("large", 40 * MIB);
+    for name in ["a", "b", "c", "d"] {
+        tree.fill(name, 8 * MIB);
+    }
+    // 16 ranges, of which the guest keeps 3 free; the probe has some of the others.
+    let share = tree.at("/s", "window=32M,cache=always");
+    let script =
+        "/s/guest-probe bench /s/small /s/large /s/a /s/b /s/c /s/d </dev/null; cat /s/*  | wc -c";
+    let outcome = Oriel::run(&["-v", &share, "--stats", stats.path().to_str().unwrap()])
+        .script(script)
+        .finish();
+    outcome.exits_with(0).says_no_error();
+    let counters = counters(stats.path(), "share0");
+    let mapped = count(&counters, "dax_setups");
+    assert!((4..=16).contains(&mapped), "{mapped} ranges of mapped files: {counters:?}");
+    assert_eq!(count(&counters, "dax_removes"), 0, "no range is taken back: {counters:?}");
+    assert!(count(&counters, "bytes_read") >= 40 * MIB as u64, "the rest is read: {counters:?}");
+    for name in ["dax_files_read_small", "dax_files_read_large", "dax_files_read_pressure"] {
+        assert!(count(&counters, name) > 0, "{name}: {counters:?}");
+    }
+    assert_eq!(count(&counters, "SETUPMAPPING"), mapped, "none was refused: {counters:?}");
 }

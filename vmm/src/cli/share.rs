@@ -48,6 +48,8 @@ pub struct ShareOptions {
     pub dax: Dax,
     /// Bytes of the DAX window; 0 with `dax=never`.
     pub window: u64,
+    /// Pages of files that are read in order are entered ahead of the guest's faults.
+    pub prefault: bool,
     /// Request queues; as many as vCPUs when not given.
     pub queues: Option<u16>,
     /// Root only: writes stay in the guest.
@@ -71,6 +73,7 @@ impl ShareOptions {
             gid_map: Vec::new(),
             dax: Dax::Inode,
             window: WINDOW_DEFAULT,
+            prefault: true,
             queues: None,
             overlay: false,
         };
@@ -97,13 +100,14 @@ impl ShareOptions {
                 ("negative-timeout", _) => options.negative_timeout = time()?,
                 ("dax", mode) => options.dax = parse_dax(mode)?,
                 ("window", size) => window = Some(size_in_units(size).map_err(named)?),
+                ("prefault", mode) => options.prefault = parse_prefault(mode)?,
                 ("queues", count) => options.queues = Some(parse_queues(count)?),
                 _ => {
                     let overlay = if root { "overlay, " } else { "" };
                     return Err(format!(
                         "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
                          tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
-                         gid-map=, dax=, window= or queues="
+                         gid-map=, dax=, window=, prefault= or queues="
                     ));
                 }
             }
@@ -204,6 +208,14 @@ fn parse_dax(mode: &str) -> Result<Dax, String> {
     }
 }
 
+fn parse_prefault(mode: &str) -> Result<bool, String> {
+    match mode {
+        "auto" => Ok(true),
+        "never" => Ok(false),
+        _ => Err(format!("{mode:?} is no prefault mode; write auto or never")),
+    }
+}
+
 fn parse_queues(count: &str) -> Result<u16, String> {
     let queues = count.parse().ok().filter(|queues| (1..=QUEUES_MAX).contains(queues));
     queues.ok_or_else(|| format!("{count:?} is no number of queues; write 1 to {QUEUES_MAX}"))
@@ -287,6 +299,7 @@ mod tests {
         };
         assert_eq!(options("ro,tag=t,cache=never,dax=always,window=4M,queues=2"), expected);
         assert_eq!(options("dax=never").window, 0);
+        assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
     }
 
     #[test]
@@ -334,6 +347,7 @@ mod tests {
             ("a:/b:tag=", "tag"),
             ("a:/b:cache=some", "cache"),
             ("a:/b:dax=on", "DAX"),
+            ("a:/b:prefault=always", "prefault"),
             ("a:/b:entry-timeout=1", "entry-timeout"),
             ("a:/b:attr-timeout=", "attr-timeout"),
             ("a:/b:negative-timeout=-1s", "negative-timeout"),

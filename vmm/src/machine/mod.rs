@@ -9,6 +9,7 @@ mod cpuid;
 mod irq;
 pub mod layout;
 pub mod memory;
+mod prefault;
 mod registers;
 mod slots;
 mod vcpu;
@@ -33,6 +34,7 @@ use vm_memory::GuestAddressSpace;
 
 use self::irq::{Interrupts, MsiController};
 use self::memory::MemoryConfig;
+use self::prefault::Prefaulter;
 use self::slots::Slots;
 use self::vcpu::Exits;
 use crate::kernel::BootImage;
@@ -178,6 +180,14 @@ impl Machine {
         }
         if let Some(boot) = vcpus.first() {
             registers::set_boot_state(boot, &memory, entry)?;
+        }
+        if !self.windows.is_empty() {
+            // For the one after the guest's. Without it every page costs a fault.
+            match Prefaulter::new(&self.kvm, &self.vm, &self.cpuid, self.cpus) {
+                Ok(Some(prefaulter)) => self.slots.set_prefaulter(prefaulter),
+                Ok(None) => {}
+                Err(error) => log::warn!("DAX pages are not entered ahead of faults: {error:#}"),
+            }
         }
         let exits = Arc::new(self.exits()?);
         vcpu::watch_windows(exits.clone())?;

@@ -3,10 +3,10 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
-use devices::dax::{DaxWindow, Window};
+use devices::dax::{DaxWindow, GuestPageTables, Window};
 use devices::memory::{AtomicGuestMemory, GuestMemory};
 use devices::pci::WindowSlot;
 use kvm_bindings::kvm_userspace_memory_region;
@@ -16,11 +16,16 @@ use vm_memory::{
     Address, GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap,
 };
 
+use super::prefault::Prefaulter;
+
 /// The slots of one machine.
 pub struct Slots {
     vm: Arc<VmFd>,
     memory: AtomicGuestMemory,
     next: AtomicU32,
+    // Held while pages are entered and while a slot changes: see `Prefaulter::populate`. Taken after a
+    // window's `place`.
+    prefaulter: Mutex<Option<Prefaulter>>,
 }
 
 impl Slots {
@@ -30,7 +35,12 @@ impl Slots {
     ///
     /// KVM's.
     pub fn new(vm: Arc<VmFd>, memory: GuestMemory) -> Result<Arc<Self>> {
-        let slots = Self { vm, memory: AtomicGuestMemory::new(memory), next: AtomicU32::new(0) };
+        let slots = Self {
+            vm,
+            memory: AtomicGuestMemory::new(memory),
+            next: AtomicU32::new(0),
+            prefaulter: Mutex::new(None),
+        };
         for region in slots.memory.memory().iter() {
             let slot = slots.next.fetch_add(1, Ordering::Relaxed);
             let address = region.start_addr();
@@ -50,7 +60,24 @@ impl Slots {
     /// A slot for `window`, shown nowhere yet.
     pub fn window(self: &Arc<Self>, window: Arc<Window>) -> Arc<WindowMemory> {
         let slot = self.next.fetch_add(1, Ordering::Relaxed);
-        Arc::new(WindowMemory { slots: self.clone(), slot, window, place: Mutex::new(None) })
+        let memory = Arc::new(WindowMemory {
+            slots: self.clone(),
+            slot,
+            window: window.clone(),
+            place: Mutex::new(None),
+        });
+        let tables: Arc<dyn GuestPageTables> = memory.clone();
+        window.set_page_tables(Arc::downgrade(&tables));
+        memory
+    }
+
+    /// From now on pages of windows are entered ahead of the guest's faults by this.
+    pub fn set_prefaulter(&self, prefaulter: Prefaulter) {
+        *self.prefaulter() = Some(prefaulter);
+    }
+
+    fn prefaulter(&self) -> MutexGuard<'_, Option<Prefaulter>> {
+        self.prefaulter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shows `len` bytes of host memory at `address`; `len` 0 takes the slot away.
@@ -62,6 +89,7 @@ impl Slots {
             memory_size: len,
             userspace_addr: host as u64,
         };
+        let _nobody_prefaults = self.prefaulter();
         // SAFETY: the host range is guest RAM or a window's reservation. Both are owned through `self`
         // (RAM by `memory`, the window by its `WindowMemory`, which deletes the slot when dropped), and the
         // machine stops its vCPUs before it lets go of either.
@@ -134,6 +162,20 @@ impl WindowSlot for WindowMemory {
         guard.replace(map);
         *place = address;
         Ok(())
+    }
+}
+
+impl GuestPageTables for WindowMemory {
+    fn populate(&self, offset: u64, len: u64) -> io::Result<()> {
+        // Held so that the window stays where it is.
+        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.window.size());
+        match (*place, self.slots.prefaulter().as_mut()) {
+            (Some(address), Some(prefaulter)) if inside => {
+                prefaulter.populate(address.raw_value() + offset, len)
+            }
+            _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        }
     }
 }
 

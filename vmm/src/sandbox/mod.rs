@@ -191,6 +191,7 @@ fn served(
         Dax::Inode => DaxPolicy::Inode,
         Dax::Always => DaxPolicy::Always,
     };
+    served.window = Some(options.window);
     Ok(served)
 }
 
@@ -210,6 +211,9 @@ fn add_share(
             let window = Window::new(size).with_context(|| {
                 format!("--share {name}: no address space for a window of {} MiB", size >> 20)
             })?;
+            if !options.prefault {
+                window.never_prefault();
+            }
             Some(Arc::new(window))
         }
     };
@@ -263,7 +267,6 @@ impl<'a> StatsFile<'a> {
             .iter()
             .map(|(tag, session)| {
                 let counters: serde_json::Map<_, _> = session
-                    .counters()
                     .snapshot()
                     .into_iter()
                     .map(|(name, value)| (name.to_string(), value.into()))

@@ -3,6 +3,7 @@
 //!
 //! It prints `name=value` lines. What fails is printed as the error.
 
+mod bench;
 mod files;
 mod map;
 
@@ -16,8 +17,11 @@ fn main() -> ExitCode {
         ["locks", directory] => files::locks(directory.as_ref()),
         ["read-only", directory] => files::refused(directory.as_ref()),
         ["map", file] => map::serve(file.as_ref()),
+        ["bench", ref files @ ..] => bench::serve(files),
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
-        _ => Err(anyhow::anyhow!("guest-probe files|locks|read-only|map|noise …, not {words:?}")),
+        _ => Err(anyhow::anyhow!(
+            "guest-probe files|locks|read-only|map|bench|noise …, not {words:?}"
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
