@@ -150,6 +150,11 @@ impl<'m> GuestBuffer<'m> {
         self.len == 0
     }
 
+    /// Whether some of the `len` bytes at `offset` are in a DAX window.
+    pub fn is_in_window(&self, offset: usize, len: usize) -> bool {
+        self.range(offset, len).is_ok_and(|mut pieces| pieces.any(|piece| piece.may_fault))
+    }
+
     /// Copies `bytes.len()` bytes at `offset` out of the buffer.
     ///
     /// # Errors

@@ -107,6 +107,18 @@ impl<'r, 'm> Payload<'r, 'm> {
         Self { len: self.len.min(len), ..self }
     }
 
+    /// What is left of it behind the first `done` bytes.
+    #[must_use]
+    pub fn rest(&self, done: usize) -> Self {
+        let done = done.min(self.len);
+        Self { buffer: self.buffer, offset: self.offset + done, len: self.len - done }
+    }
+
+    /// Whether some of it is in a DAX window.
+    pub fn is_in_window(&self) -> bool {
+        self.buffer.is_in_window(self.offset, self.len)
+    }
+
     /// Fills it from `file` at `offset` and says how many bytes came; fewer only at the end of the file.
     ///
     /// # Errors

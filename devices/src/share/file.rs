@@ -39,9 +39,7 @@ impl Share {
     /// From the guest's open flags to those for the host: an allow-list.
     ///
     /// Left out, and why:
-    /// - `O_DIRECT`: the host would refuse buffers and offsets that are not aligned to its disk's blocks,
-    ///   which the guest cannot know of. The guest's own O_DIRECT passes the guest's cache by in any case;
-    ///   what is left is one cache, the host's, and any alignment works.
+    /// - `O_DIRECT`: see [`direct`](super::direct).
     /// - `O_APPEND`: see [`write_file`](Self::write_file).
     /// - `O_CREAT`, `O_EXCL`, `O_NOFOLLOW`, `O_DIRECTORY`: about names, and there is none here.
     /// - `O_PATH`, `O_TMPFILE`: would make it something else than an open file.
@@ -110,7 +108,7 @@ impl Share {
         target: Payload<'_, '_>,
     ) -> Result<usize> {
         let handle = self.handles.get(caller.nodeid, request.fh)?;
-        target.read_from(handle.file()?.fd.as_fd(), request.offset, 0)
+        self.read_data(handle.file()?, request, &target)
     }
 
     /// WRITE.
@@ -153,7 +151,7 @@ impl Share {
         if request.fuse_flags & WRITE_CACHE == 0 {
             self.drop_mapped_capability(&file.fd)?;
         }
-        source.write_to(file.fd.as_fd(), request.offset, flags)
+        self.write_data(file, request, &source, flags)
     }
 
     pub(super) fn sync(&self, caller: Caller, fh: u64, data_only: bool, file: bool) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::direct::Direct;
 use super::directory::Position;
 use super::table::Table;
 use crate::fuse::{Errno, Result};
@@ -11,6 +12,7 @@ use crate::fuse::{Errno, Result};
 pub(super) struct OpenFile {
     pub(super) fd: OwnedFd,
     pub(super) writable: bool,
+    pub(super) direct: Direct,
 }
 
 /// An open directory.
@@ -99,7 +101,7 @@ impl Handles {
     ///
     /// `ENFILE` when too many are open.
     pub(super) fn add_file(&self, nodeid: u64, fd: OwnedFd, writable: bool) -> Result<u64> {
-        self.insert(nodeid, Kind::File(OpenFile { fd, writable }))
+        self.insert(nodeid, Kind::File(OpenFile { fd, writable, direct: Direct::default() }))
     }
 
     /// # Errors

@@ -19,6 +19,7 @@
 mod acl;
 mod attributes;
 mod control;
+mod direct;
 mod directory;
 mod file;
 mod filesystem;
@@ -41,7 +42,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
 pub use ids::{
     GidMap, GuestGid, GuestUid, HostGid, HostUid, Id, IdMap, IdMapError, IdRange, OVERFLOW, UidMap,
 };
-pub use options::{CachePolicy, DaxPolicy, Options, Timeouts, XattrPolicy};
+pub use options::{CachePolicy, DaxPolicy, DirectPolicy, Options, Timeouts, XattrPolicy};
 
 use crate::dax::Policy;
 use handle::Handles;
@@ -129,5 +130,7 @@ impl Share {
 /// `AT_EMPTY_PATH` without following: "the file this descriptor is of".
 const ITSELF: AtFlags = AtFlags::EMPTY_PATH.union(AtFlags::SYMLINK_NOFOLLOW);
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -60,6 +60,18 @@ pub struct Timeouts {
     pub negative: Duration,
 }
 
+/// What becomes of a guest's O_DIRECT on the host. In the guest it passes the guest's cache by in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DirectPolicy {
+    /// Data goes through the host's page cache, the one that all guests and the host share. Works on every
+    /// file system, at every alignment.
+    #[default]
+    Buffered,
+    /// Past the host's page cache as well, where its file system takes the request; otherwise through it.
+    /// Only with [`DaxPolicy::Never`]: the window is made of that cache.
+    Host,
+}
+
 /// The options of a share.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -80,6 +92,8 @@ pub struct Options {
     /// Bytes of the window. With [`DaxPolicy::Inode`] it decides which files are marked; `None` marks
     /// whatever can be mapped.
     pub window: Option<u64>,
+    /// What becomes of a guest's O_DIRECT on the host.
+    pub direct: DirectPolicy,
     /// Whether the guest may collect writes in its page cache. It then believes its own sizes and times, so
     /// this is for a directory that nobody else changes. Not with [`CachePolicy::Never`] and
     /// [`CachePolicy::Metadata`].
@@ -125,6 +139,7 @@ impl Options {
             negative_timeout: None,
             dax: DaxPolicy::default(),
             window: None,
+            direct: DirectPolicy::default(),
             writeback: false,
             xattr: XattrPolicy::Off,
             acl: false,

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use devices::share::{CachePolicy, Options, XattrPolicy};
+use devices::share::{CachePolicy, DaxPolicy, DirectPolicy, Options, XattrPolicy};
 use integration::Door;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -17,7 +17,7 @@ Usage: share-on-fuse [-o OPTION,…] HOST_DIR MOUNT_POINT [-- COMMAND [ARG…]]
 Serves HOST_DIR at MOUNT_POINT, as root, by the code that serves a guest. With COMMAND, until that ends, and exits
 with its status; otherwise until SIGTERM, SIGINT, SIGHUP or an unmount. Exits with 70 when the server has failed.
 
-Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, dev, inodes=N, handles=N";
+Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, dev, direct=host, inodes=N, handles=N";
 
 /// `EX_SOFTWARE` of sysexits.h.
 const SOFTWARE: u8 = 70;
@@ -124,6 +124,10 @@ fn parse(mut options: Options, text: &str) -> Result<Options> {
             ("ro", "") => options.read_only = true,
             ("writeback", "") => options.writeback = true,
             ("dev", "") => options.device_nodes = true,
+            ("direct", "host") => {
+                options.direct = DirectPolicy::Host;
+                options.dax = DaxPolicy::Never;
+            }
             ("xattr", "on") => options.xattr = XattrPolicy::On,
             ("xattr", "mapped") => options.xattr = XattrPolicy::Mapped,
             ("xattr", "off") => options.xattr = XattrPolicy::Off,

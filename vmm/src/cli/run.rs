@@ -59,6 +59,10 @@ pub struct RunArgs {
     /// dax=never|inode|always: which files are mapped straight from the host's page cache: none, those that
     /// the host picks (the default), or all.
     ///
+    /// direct=buffered|host: what a program's O_DIRECT does on the host, whatever its alignment: buffered (the
+    /// default) ends in the guest, and data goes through the host's page cache; host passes that by too, where
+    /// its file system takes the request. host only with dax=never.
+    ///
     /// window=SIZE: address space for those mappings, a multiple of 2M, default 512M; costs the guest 1/64 of
     /// it in RAM.
     ///

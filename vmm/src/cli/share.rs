@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use devices::share::{CachePolicy, IdRange, XattrPolicy};
+use devices::share::{CachePolicy, DirectPolicy, IdRange, XattrPolicy};
 use oriel_init::protocol::Dax;
 
 use super::values::{duration, size_in_units};
@@ -46,6 +46,8 @@ pub struct ShareOptions {
     pub gid_map: Vec<IdRange>,
     /// Which files the guest maps.
     pub dax: Dax,
+    /// What a guest's O_DIRECT does on the host.
+    pub direct: DirectPolicy,
     /// Bytes of the DAX window; 0 with `dax=never`.
     pub window: u64,
     /// Pages of files that are read in order are entered ahead of the guest's faults.
@@ -72,6 +74,7 @@ impl ShareOptions {
             uid_map: Vec::new(),
             gid_map: Vec::new(),
             dax: Dax::Inode,
+            direct: DirectPolicy::default(),
             window: WINDOW_DEFAULT,
             prefault: true,
             queues: None,
@@ -99,6 +102,11 @@ impl ShareOptions {
                 ("attr-timeout", _) => options.attr_timeout = time()?,
                 ("negative-timeout", _) => options.negative_timeout = time()?,
                 ("dax", mode) => options.dax = parse_dax(mode)?,
+                ("direct", "buffered") => options.direct = DirectPolicy::Buffered,
+                ("direct", "host") => options.direct = DirectPolicy::Host,
+                ("direct", mode) => {
+                    return Err(format!("{mode:?} is no way of O_DIRECT; write buffered or host"));
+                }
                 ("window", size) => window = Some(size_in_units(size).map_err(named)?),
                 ("prefault", mode) => options.prefault = parse_prefault(mode)?,
                 ("queues", count) => options.queues = Some(parse_queues(count)?),
@@ -107,7 +115,7 @@ impl ShareOptions {
                     return Err(format!(
                         "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
                          tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
-                         gid-map=, dax=, window=, prefault= or queues="
+                         gid-map=, dax=, direct=, window=, prefault= or queues="
                     ));
                 }
             }
@@ -146,6 +154,11 @@ impl ShareOptions {
         }
         if self.acl && self.xattr == Some(XattrPolicy::Off) {
             return Err("acl: ACLs are extended attributes, and xattr=off is against them; leave one of the two"
+                .into());
+        }
+        if self.direct == DirectPolicy::Host && self.dax != Dax::Never {
+            return Err("direct=host: what is mapped from the host's page cache is not read or written past \
+                        it; give dax=never as well, or leave it at direct=buffered"
                 .into());
         }
         if self.writeback && self.cache != CachePolicy::Always {
@@ -300,6 +313,8 @@ mod tests {
         assert_eq!(options("ro,tag=t,cache=never,dax=always,window=4M,queues=2"), expected);
         assert_eq!(options("dax=never").window, 0);
         assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
+        assert_eq!(options("dax=never,direct=host").direct, DirectPolicy::Host);
+        assert_eq!(options("direct=buffered").direct, DirectPolicy::Buffered);
     }
 
     #[test]
@@ -342,6 +357,8 @@ mod tests {
             ("a:/b:overlay", "overlay"),
             ("a:/b:window=3M", "2 MiB"),
             ("a:/b:window=0", "2 MiB"),
+            ("a:/b:direct=host", "dax=never"),
+            ("a:/b:direct=yes", "buffered or host"),
             ("a:/b:window=4M,dax=never", "dax=never"),
             ("a:/b:queues=0", "queues"),
             ("a:/b:tag=", "tag"),

@@ -186,6 +186,7 @@ fn served(
     served.negative_timeout = options.negative_timeout;
     served.writeback = options.writeback;
     served.device_nodes = options.device_nodes;
+    served.direct = options.direct;
     served.dax = match options.dax {
         Dax::Never => DaxPolicy::Never,
         Dax::Inode => DaxPolicy::Inode,

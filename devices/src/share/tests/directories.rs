@@ -216,9 +216,9 @@ fn no_name_is_lost_where_the_host_numbers_the_entries() {
     // On ramfs a cookie is the number of the entry in the list: what is deleted before it moves it.
     for kind in ["ramfs", "tmpfs"] {
         let mut guest = Guest::new();
-        let Some(mounted) = Mounted::new(&guest, "mounted", kind) else { return };
+        let Some(mounted) = Mounted::new(&guest.path().join("mounted"), kind) else { return };
         let node = guest.node("mounted");
-        lose_none(&mut guest, &mounted.0, node, 2000);
+        lose_none(&mut guest, mounted.path(), node, 2000);
     }
 }
 

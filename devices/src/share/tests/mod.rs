@@ -16,6 +16,7 @@ mod xattrs;
 use crate::fuse::abi::*;
 use crate::fuse::opcode::Opcode;
 use crate::fuse::testing::{Answer, Guest};
+use crate::share::testing::Mounted;
 use vm_memory::ByteValued;
 
 fn is_root() -> bool {
@@ -81,23 +82,4 @@ fn release(guest: &Guest, opcode: Opcode, nodeid: u64, fh: u64) -> Answer {
 fn file(guest: &Guest, content: &[u8]) -> u64 {
     std::fs::write(guest.path().join("file"), content).unwrap();
     guest.node("file")
-}
-
-/// A file system mounted on a directory of the share's, until this is dropped.
-struct Mounted(std::path::PathBuf);
-
-impl Mounted {
-    /// None where that is not allowed.
-    fn new(guest: &Guest, name: &str, kind: &str) -> Option<Self> {
-        let path = guest.path().join(name);
-        std::fs::create_dir(&path).unwrap();
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount(kind, &path, kind, flags, None).ok().map(|()| Self(path))
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-    }
 }

@@ -21,7 +21,13 @@ const GUARD: [u8; 64] = [0x5c; 64];
 /// The first request queue.
 pub(super) const FIRST: u16 = 1;
 
+/// Bytes before the data of a WRITE, and before that of a READ's reply: headers.
+const BEFORE_REQUEST: usize = 80;
+const BEFORE_REPLY: usize = 16;
+
 struct Queue {
+    /// Where data begins in its page.
+    skew: u64,
     driver: Driver,
     queue: DriverQueue,
     index: u16,
@@ -31,26 +37,34 @@ struct Queue {
 impl Queue {
     /// Puts one request into the queue and waits for the device to give it back.
     ///
-    /// The chain is cut as Linux cuts it: headers in descriptors of their own, data in pages.
+    /// The chain is cut as Linux cuts it: headers in descriptors of their own, data in pages, in which it
+    /// begins where the program's buffer does.
     fn serve(&mut self, request: &[u8], reply: &mut [u8]) -> u32 {
         let memory = self.driver.memory();
         assert!(request.len() <= ROOM && reply.len() + GUARD.len() <= ROOM);
-        memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
-        memory.write_slice(reply, GuestAddress(REPLY)).unwrap();
-        let guard = GuestAddress(REPLY + reply.len() as u64);
+        let request_at = REQUEST + self.skew - BEFORE_REQUEST as u64;
+        let reply_at = REPLY + self.skew - BEFORE_REPLY as u64;
+        memory.write_slice(request, GuestAddress(request_at)).unwrap();
+        memory.write_slice(reply, GuestAddress(reply_at)).unwrap();
+        let guard = GuestAddress(reply_at + reply.len() as u64);
         memory.write_slice(&GUARD, guard).unwrap();
 
-        let pieces = [(REQUEST, request.len(), 40, 0), (REPLY, reply.len(), 16, WRITE)];
+        let in_page = 4096 - self.skew as usize;
+        let pieces = [
+            (request_at, request.len(), [40, BEFORE_REQUEST - 40, in_page], 0),
+            (reply_at, reply.len(), [BEFORE_REPLY, in_page, 4096], WRITE),
+        ];
         let mut chain: Vec<(u64, u32, u16)> = Vec::new();
-        for (mut at, mut left, mut piece, flags) in pieces {
+        for (mut at, mut left, first, flags) in pieces {
+            let mut lengths = first.into_iter().chain(std::iter::repeat(4096));
             while left > 0 {
-                let len = left.min(piece);
+                let len = left.min(lengths.next().unwrap());
                 chain.push((at, len as u32, flags));
-                (at, left, piece) = (at + len as u64, left - len, 4096);
+                (at, left) = (at + len as u64, left - len);
             }
         }
         if chain.is_empty() {
-            chain.push((REQUEST, 0, 0));
+            chain.push((request_at, 0, 0));
         }
         for (at, (address, len, flags)) in (0..).zip(&chain) {
             let next = if usize::from(at) + 1 < chain.len() { NEXT } else { 0 };
@@ -63,7 +77,7 @@ impl Queue {
         let (head, used) = self.queue.take_used(&memory).unwrap();
         assert_eq!(head, 0);
 
-        memory.read_slice(reply, GuestAddress(REPLY)).unwrap();
+        memory.read_slice(reply, GuestAddress(reply_at)).unwrap();
         let mut behind = [0; GUARD.len()];
         memory.read_slice(&mut behind, guard).unwrap();
         assert_eq!(behind, GUARD, "written past the end of the reply's room");
@@ -72,14 +86,15 @@ impl Queue {
     }
 }
 
-/// A guest that has sent its INIT, with options for the share. It sends everything through queue `index`.
-pub(super) fn guest_on(index: u16, change: impl FnOnce(&mut Options)) -> Guest {
+/// A guest that has sent its INIT, with options for the share. It sends everything through queue `index`, from
+/// and to buffers that begin `skew` bytes into a page.
+pub(super) fn guest_on(index: u16, skew: u64, change: impl FnOnce(&mut Options)) -> Guest {
     let guest = Guest::without_init(change, true);
     let config = Config::new("share", 1).unwrap();
     let device = FsDevice::new(config, guest.session.clone(), None).unwrap();
     let driver = Driver::new(std::sync::Arc::new(device));
     let queue = driver.start(0, &[(index, 1024)]).remove(0);
-    let queue = Mutex::new(Queue { driver, queue, index, served: 0 });
+    let queue = Mutex::new(Queue { skew, driver, queue, index, served: 0 });
     let mut guest =
         guest.through(Box::new(move |request, reply| lock(&queue).serve(request, reply)));
     guest.room = MAX_REQUEST;
@@ -89,5 +104,5 @@ pub(super) fn guest_on(index: u16, change: impl FnOnce(&mut Options)) -> Guest {
 
 /// The same with default options and the first request queue.
 pub(super) fn guest() -> Guest {
-    guest_on(FIRST, |_| {})
+    guest_on(FIRST, 0, |_| {})
 }
