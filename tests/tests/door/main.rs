@@ -6,6 +6,8 @@
     reason = "a test fails by a panic"
 )]
 
+mod caching;
+mod readme;
 mod smoke;
 
 /// The program that does one file operation after another.

@@ -7,6 +7,7 @@
 )]
 
 mod boot;
+mod caching;
 mod commands;
 mod dax;
 mod kernels;

@@ -20,7 +20,7 @@ const DEVICE_ID: u16 = 26;
 
 /// Descriptors in each queue: room for a request of 1 MiB in pages of 4 KiB with its headers, several times.
 /// Linux fits its largest request to the size of the queue.
-const QUEUE_SIZE: u16 = 1024;
+pub(super) const QUEUE_SIZE: u16 = 1024;
 
 /// Queues before the request queues (5.11.2): the high priority queue.
 const HIPRIO_QUEUES: u16 = 1;

@@ -3,5 +3,6 @@
 mod device;
 mod direct;
 mod frames;
+mod identity;
 mod queue;
 mod window;
