@@ -7,6 +7,7 @@
 )]
 
 mod caching;
+mod identity;
 mod readme;
 mod smoke;
 
