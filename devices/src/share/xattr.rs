@@ -135,8 +135,11 @@ impl Share {
             .filter(|flags| (XattrFlags::CREATE | XattrFlags::REPLACE).contains(*flags))
             .ok_or(Errno::INVAL)?;
         let host_name = self.host_name(name)?;
-        let file = self.with_attributes(caller, Errno::PERM)?;
-        if !acl::is_acl(name.to_bytes()) {
+        let is_acl = acl::is_acl(name.to_bytes());
+        // That there are no ACLs is what lets a copying program do with the mode alone.
+        let otherwise = if is_acl { Errno::OPNOTSUPP } else { Errno::PERM };
+        let file = self.with_attributes(caller, otherwise)?;
+        if !is_acl {
             return Ok(fsetxattr(file, &*host_name, value, flags)?);
         }
         let translated = acl::to_host(value, &self.options.uids, &self.options.gids)?;

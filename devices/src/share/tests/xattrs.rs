@@ -238,6 +238,15 @@ fn an_acl_names_the_guests_ids_in_the_guest_and_the_hosts_on_the_host() {
 }
 
 #[test]
+fn what_is_neither_a_regular_file_nor_a_directory_has_no_acls() {
+    let guest = Guest::with(|options| options.acl = true);
+    let fifo: EntryOut = super::mknod(&guest, "fifo", libc::S_IFIFO | 0o600, 0).get();
+    let set = set_acl(&guest, fifo.nodeid, ACCESS, &named(5, 6), 0);
+    assert_eq!(set.error, libc::EOPNOTSUPP, "with EPERM, cp --archive gives up");
+    assert_eq!(getxattr(&guest, fifo.nodeid, ACCESS, 100).error, libc::ENODATA);
+}
+
+#[test]
 fn what_is_no_acl_is_not_set() {
     let guest = Guest::with(|options| options.acl = true);
     let node = file(&guest, b"");
