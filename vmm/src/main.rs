@@ -2,9 +2,11 @@
 //!
 //! From the top down: [`cli`] reads the command line, [`sandbox`] turns it into a machine and follows it to
 //! its end, [`kernel`] finds and loads what boots, [`machine`] is the machine itself. [`host`] knows what
-//! this host can do. What the guest touches is in the `devices` crate.
+//! this host can do, and [`control`] talks to sandboxes that run. What the guest touches is in the `devices`
+//! crate.
 
 mod cli;
+mod control;
 mod host;
 mod kernel;
 mod machine;

@@ -94,7 +94,7 @@ pub enum GrowError {
     #[error("{0} bytes are not a multiple of 2 MiB")]
     Unaligned(u64),
     /// Something may be mapped in what would be taken away.
-    #[error("{asked} bytes are less than the {present} that it has, and a window only grows")]
+    #[error("{} MiB are less than the {} MiB that it has, and a window only grows", .asked >> 20, .present >> 20)]
     Shrinks {
         /// What it should have.
         asked: u64,
@@ -102,7 +102,7 @@ pub enum GrowError {
         present: u64,
     },
     /// No addresses were reserved for that.
-    #[error("{asked} bytes are more than the {reserved} that were reserved for it")]
+    #[error("{} MiB are more than the {} MiB that were reserved for it", .asked >> 20, .reserved >> 20)]
     Beyond {
         /// What it should have.
         asked: u64,

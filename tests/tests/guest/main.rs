@@ -16,6 +16,7 @@ mod memory;
 mod mistakes;
 mod roots;
 mod shares;
+mod windows;
 
 /// The program that runs in guests.
 const PROBE: &str = env!("CARGO_BIN_EXE_guest-probe");

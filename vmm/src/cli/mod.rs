@@ -2,6 +2,7 @@
 
 mod check;
 mod run;
+mod running;
 mod share;
 mod values;
 
@@ -40,6 +41,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<RunArgs>),
+    Share(running::ShareArgs),
+    Stats(running::StatsArgs),
     Check(check::CheckArgs),
     /// Print a completion script for a shell
     ///
@@ -71,6 +74,8 @@ pub fn main() -> ExitCode {
     ignore_file_size_limit();
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Share(args) => running::share(&args),
+        Command::Stats(args) => running::stats(&args),
         Command::Check(args) => check::check(&args),
         Command::Completions { shell } => {
             let mut command = Cli::command();

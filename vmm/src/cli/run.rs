@@ -9,7 +9,7 @@ use super::UsageError;
 use super::share::{RootArg, ShareArg};
 use super::values::{ConsoleTarget, InitrdSource};
 use crate::machine::memory::MemoryConfig;
-use crate::sandbox;
+use crate::{control, sandbox};
 
 /// Whether `oriel` runs in a user namespace of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -64,7 +64,7 @@ pub struct RunArgs {
     /// its file system takes the request. host only with dax=never.
     ///
     /// window=SIZE: address space for those mappings, a multiple of 2M, default 512M; costs the guest 1/64 of
-    /// it in RAM.
+    /// it in RAM. window-max=SIZE: how large `oriel share resize` may make it while the guest runs.
     ///
     /// queues=N: request queues, default one for each CPU. tag=NAME: the device's name in the guest.
     #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]
@@ -77,6 +77,13 @@ pub struct RunArgs {
     /// user may read on the host, secrets included, can then be read by the guest.
     #[arg(long, value_name = "ROOT")]
     pub root: Option<RootArg>,
+
+    /// Name of the sandbox, by which `oriel share` and `oriel stats` find it while it runs
+    ///
+    /// The name is a socket's: NAME.sock in /run/oriel (root) or $XDG_RUNTIME_DIR/oriel, which answers requests
+    /// of this user and of root.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
 
     /// User namespace: host (none of its own) or auto (one with the ids of /etc/subuid and /etc/subgid)
     ///
@@ -179,6 +186,9 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
     if args.cpus == 0 {
         return usage("--cpus 0: a guest needs a CPU; give 1 or more".into());
     }
+    if let Some(Err(error)) = args.name.as_deref().map(control::check_name) {
+        return usage(format!("--name: {error}"));
+    }
     if !args.workdir.starts_with('/') {
         return usage(format!("--workdir {:?}: write an absolute path", args.workdir));
     }
@@ -245,6 +255,7 @@ mod tests {
     fn contradictions_are_wrong_command_lines() {
         for (words, hint) in [
             (&["--cpus", "0"][..], "--cpus"),
+            (&["--name", "a/b"], "--name"),
             (&["-w", "src"], "--workdir"),
             (&["--hostname", ""], "--hostname"),
             (&["-e", "=x"], "--env"),

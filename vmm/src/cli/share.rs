@@ -52,6 +52,8 @@ pub struct ShareOptions {
     pub window: u64,
     /// Pages of files that are read in order are entered ahead of the guest's faults.
     pub prefault: bool,
+    /// Bytes that it can grow to, at least as many.
+    pub window_max: u64,
     /// Request queues; as many as vCPUs when not given.
     pub queues: Option<u16>,
     /// Root only: writes stay in the guest.
@@ -77,10 +79,11 @@ impl ShareOptions {
             direct: DirectPolicy::default(),
             window: WINDOW_DEFAULT,
             prefault: true,
+            window_max: 0,
             queues: None,
             overlay: false,
         };
-        let mut window = None;
+        let (mut window, mut window_max) = (None, None);
         for option in text.split(',').filter(|option| !option.is_empty()) {
             let (key, value) = option.split_once('=').unwrap_or((option, ""));
             // So that the message names the option, not only what is wrong with its value.
@@ -109,30 +112,39 @@ impl ShareOptions {
                 }
                 ("window", size) => window = Some(size_in_units(size).map_err(named)?),
                 ("prefault", mode) => options.prefault = parse_prefault(mode)?,
+                ("window-max", size) => window_max = Some(size_in_units(size).map_err(named)?),
                 ("queues", count) => options.queues = Some(parse_queues(count)?),
                 _ => {
                     let overlay = if root { "overlay, " } else { "" };
                     return Err(format!(
                         "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
                          tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
-                         gid-map=, dax=, direct=, window=, prefault= or queues="
+                         gid-map=, dax=, direct=, window=, window-max=, prefault= or queues="
                     ));
                 }
             }
         }
-        options.window = match (options.dax, window) {
+        options.window = match (options.dax, window.or(window_max)) {
             (Dax::Never, Some(_)) => {
                 return Err("a window is of no use with dax=never; leave one of the two".into());
             }
             (Dax::Never, None) => 0,
-            (_, window) => window.unwrap_or(options.window),
+            (_, _) => window.unwrap_or(options.window),
         };
+        options.window_max = window_max.unwrap_or(options.window);
         options.check()?;
         Ok(options)
     }
 
     /// What contradicts itself.
     fn check(&self) -> Result<(), String> {
+        if self.window_max < self.window {
+            return Err(format!(
+                "window-max={}M is less than the window of {}M; give more, or a smaller window=",
+                self.window_max >> 20,
+                self.window >> 20
+            ));
+        }
         if self.overlay && self.read_only {
             return Err(
                 "an overlay is for writing and ro is against it; leave one of the two".into()
@@ -307,6 +319,7 @@ mod tests {
             cache: CachePolicy::Never,
             dax: Dax::Always,
             window: 4 << 20,
+            window_max: 4 << 20,
             queues: Some(2),
             ..options("")
         };
@@ -315,6 +328,9 @@ mod tests {
         assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
         assert_eq!(options("dax=never,direct=host").direct, DirectPolicy::Host);
         assert_eq!(options("direct=buffered").direct, DirectPolicy::Buffered);
+        let grows = options("window=4M,window-max=8G");
+        assert_eq!((grows.window, grows.window_max), (4 << 20, 8 << 30));
+        assert_eq!(options("window-max=8G").window, WINDOW_DEFAULT);
     }
 
     #[test]
@@ -360,6 +376,10 @@ mod tests {
             ("a:/b:direct=host", "dax=never"),
             ("a:/b:direct=yes", "buffered or host"),
             ("a:/b:window=4M,dax=never", "dax=never"),
+            ("a:/b:window-max=4M,dax=never", "dax=never"),
+            ("a:/b:window=4M,window-max=2M", "window-max=2M"),
+            ("a:/b:window-max=2M", "512M"),
+            ("a:/b:window-max=5M", "2 MiB"),
             ("a:/b:queues=0", "queues"),
             ("a:/b:tag=", "tag"),
             ("a:/b:cache=some", "cache"),

@@ -3,6 +3,7 @@
 mod identity;
 mod link;
 mod plan;
+mod shares;
 mod streams;
 mod supervisor;
 mod terminal;
@@ -27,11 +28,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use self::identity::Identity;
 use self::link::{Link, Sink, forward_input};
 use self::plan::PlannedShare;
+pub use self::shares::Resized;
+use self::shares::{RunningShare, Shares};
 use self::streams::{Console, Notifier, Tail, duplicate};
 use self::supervisor::{Outcome, Progress, Signals, Supervisor};
 use crate::cli::{ConsoleTarget, RunArgs, UsageError, UserNamespace};
+use crate::control::server::ControlSocket;
 use crate::machine::{Machine, MachineConfig, StopReason};
-use crate::{host, kernel};
+use crate::{control, host, kernel};
 
 /// What the main thread waits for.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,6 +59,8 @@ pub enum Event {
 /// When it could not be started, or broke down: one line that says why.
 pub fn run(args: &RunArgs) -> Result<u8> {
     let shares = plan::shares(args)?;
+    // Before this user is another one.
+    let control = args.name.as_deref().map(control_socket).transpose()?;
     // Before all that starts a thread.
     let entered = args.userns == UserNamespace::Auto && userns::enter()?;
     let identity = Identity::of_process(entered)?;
@@ -92,11 +98,11 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     // would be to hang too. The end of the process, which is near, gives everything back.
     let mut machine = ManuallyDrop::new(Machine::new(kvm, config)?);
     let limits = FileLimits::for_each_of(shares.len());
-    let mut sessions = Vec::new();
+    let mut running = Vec::new();
     for share in &shares {
-        let session = add_share(&mut machine, share, args.cpus, &limits, &identity)?;
-        sessions.push((share.tag.clone(), session));
+        running.push(add_share(&mut machine, share, args.cpus, &limits, &identity)?);
     }
+    let running = Arc::new(Shares(running));
     // A foreign init knows nothing of our ports: it has COM1 alone.
     let foreign = args.initrd.is_some();
     let link = if foreign { None } else { Some(Link::new(&mut machine, &notifier)?) };
@@ -105,6 +111,10 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     rustix::process::umask(rustix::fs::Mode::empty());
     machine.start(&image)?;
     drop(image);
+    if let Some(control) = &control {
+        let shares = running.clone();
+        control.serve(Arc::new(move |request| shares.answer(request)))?;
+    }
 
     match &link {
         _ if !args.interactive => {}
@@ -129,7 +139,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     machine.stop();
     let status = outcome.status(foreign, &tail);
     if let Some(stats) = stats {
-        stats.write(&sessions)?;
+        stats.write(&running)?;
     }
     status
 }
@@ -155,6 +165,11 @@ impl FileLimits {
             handles: (each / 4).min(Self::MOST_INODES),
         }
     }
+}
+
+fn control_socket(name: &str) -> Result<ControlSocket> {
+    let directory = control::directory().with_context(|| format!("--name {name}"))?;
+    ControlSocket::new(&directory, name).with_context(|| format!("--name {name}"))
 }
 
 /// How the directory of a share is to be served.
@@ -203,14 +218,15 @@ fn add_share(
     cpus: u8,
     limits: &FileLimits,
     identity: &Identity,
-) -> Result<Arc<Session>> {
+) -> Result<RunningShare> {
     let name = share.host.display();
     let options = &share.options;
     let window = match options.window {
         0 => None,
         size => {
-            let window = Window::new(size).with_context(|| {
-                format!("--share {name}: no address space for a window of {} MiB", size >> 20)
+            let max = options.window_max;
+            let window = Window::growable(size, max).with_context(|| {
+                format!("--share {name}: no address space for a window of {} MiB", max >> 20)
             })?;
             if !options.prefault {
                 window.never_prefault();
@@ -225,13 +241,15 @@ fn add_share(
     let queues = options.queues.unwrap_or_else(|| cpus.into());
     let config = fs::Config::new(&share.tag, queues)
         .map_err(|error| UsageError(format!("--share {name}: {error}")))?;
-    machine.add_fs(config, session.clone(), window).with_context(|| {
+    let device = machine.add_fs(config, session.clone(), window.clone()).with_context(|| {
         format!(
-            "--share {name}: the guest has no room for a window of {} MiB; give it a smaller window=",
-            options.window >> 20
+            "--share {name}: the guest has no room for a window of {} MiB; give it a smaller window= or \
+             window-max=",
+            options.window_max >> 20
         )
     })?;
-    Ok(session)
+    let (tag, guest) = (share.tag.clone(), share.guest.clone());
+    Ok(RunningShare { tag, guest, session, window, device })
 }
 
 fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
@@ -262,20 +280,8 @@ impl<'a> StatsFile<'a> {
         Ok(Self { path, file })
     }
 
-    /// One object a share: tag, and what its session counted.
-    fn write(mut self, sessions: &[(String, Arc<Session>)]) -> Result<()> {
-        let shares: Vec<_> = sessions
-            .iter()
-            .map(|(tag, session)| {
-                let counters: serde_json::Map<_, _> = session
-                    .snapshot()
-                    .into_iter()
-                    .map(|(name, value)| (name.to_string(), value.into()))
-                    .collect();
-                serde_json::json!({ "tag": tag, "counters": counters })
-            })
-            .collect();
-        let text = serde_json::to_string_pretty(&serde_json::json!({ "shares": shares }))?;
+    fn write(mut self, shares: &Shares) -> Result<()> {
+        let text = serde_json::to_string_pretty(&shares.stats())?;
         writeln!(self.file, "{text}")
             .with_context(|| format!("--stats {}: cannot be written", self.path.display()))
     }

@@ -19,6 +19,8 @@ const ROOT_TAG: &str = "root";
 pub struct PlannedShare {
     /// The host's directory, opened later; it exists.
     pub host: PathBuf,
+    /// Where the guest sees it.
+    pub guest: String,
     /// The device's tag.
     pub tag: String,
     /// How.
@@ -32,12 +34,14 @@ pub struct PlannedShare {
 /// Two equal tags; a directory that is not there or is not one.
 pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
     let mut planned: Vec<PlannedShare> = Vec::new();
-    let root =
-        args.root.iter().map(|root| ("--root", &root.host, &root.options, ROOT_TAG.to_string()));
-    let shares = args.shares.iter().enumerate();
-    let shares = shares
-        .map(|(index, share)| ("--share", &share.host, &share.options, format!("share{index}")));
-    for (option, host, options, default_tag) in root.chain(shares) {
+    let root = args
+        .root
+        .iter()
+        .map(|root| ("--root", &root.host, "/", &root.options, ROOT_TAG.to_string()));
+    let shares = args.shares.iter().enumerate().map(|(index, share)| {
+        ("--share", &share.host, share.guest.as_str(), &share.options, format!("share{index}"))
+    });
+    for (option, host, guest, options, default_tag) in root.chain(shares) {
         let tag = options.tag.clone().unwrap_or(default_tag);
         if planned.iter().any(|other| other.tag == tag) {
             return Err(UsageError(format!(
@@ -47,7 +51,8 @@ pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
             .into());
         }
         check_directory(host).with_context(|| format!("{option} {}", host.display()))?;
-        planned.push(PlannedShare { host: host.clone(), tag, options: options.clone() });
+        let (host, guest) = (host.clone(), guest.to_string());
+        planned.push(PlannedShare { host, guest, tag, options: options.clone() });
     }
     Ok(planned)
 }

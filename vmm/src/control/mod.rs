@@ -1,0 +1,111 @@
+//! Talking to a sandbox that runs: a socket for each that has a name, and one JSON object a line in both
+//! directions.
+//!
+//! Here is what both ends know: where the socket is, and what is said. [`server`] is the sandbox's end,
+//! [`client`] that of `oriel share`, `oriel stats` and whoever else may.
+
+pub mod client;
+pub mod server;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The longest line that is read, in bytes. What is said fits several times.
+const MAX_LINE: usize = 64 << 10;
+/// The longest name. A path with it has to fit a socket's address of 108 bytes.
+const MAX_NAME: usize = 48;
+
+/// What a sandbox can be asked. Sizes are bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Make the DAX window of the share at the guest path `share` `size` bytes long.
+    ShareResize {
+        /// The guest path.
+        share: String,
+        /// The new size.
+        size: u64,
+    },
+    /// What the devices counted up to now.
+    Stats {},
+}
+
+/// What it answers: one reply for each request, in order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// It is done, and this is to be said of it.
+    Ok(Value),
+    /// It is not done, for this reason: one line.
+    Error(String),
+}
+
+/// Checks the name of a sandbox.
+///
+/// # Errors
+///
+/// What a name is.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    let first = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if !first || name.len() > MAX_NAME || !name.bytes().all(allowed) {
+        return Err(format!(
+            "{name:?} is no name; write 1 to {MAX_NAME} letters, digits, - . or _, a letter or digit first"
+        ));
+    }
+    Ok(())
+}
+
+/// Where this user's sockets are.
+///
+/// # Errors
+///
+/// When an ordinary user's session has no such place.
+pub fn directory() -> Result<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return Ok("/run/oriel".into());
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|path| Path::new(path).is_absolute()) {
+        Some(path) => Ok(Path::new(&path).join("oriel")),
+        None => bail!(
+            "XDG_RUNTIME_DIR is not set, and sockets of sandboxes are there; a login session sets it"
+        ),
+    }
+}
+
+/// The socket of the sandbox `name`, which was checked.
+fn socket_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{name}.sock"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_name_is_a_file_name_and_nothing_else() {
+        for name in ["a", "build-7", "A.b_c", "0", &"x".repeat(48)] {
+            assert!(check_name(name).is_ok(), "{name}");
+        }
+        for name in ["", ".", "..", "-a", "a/b", "a b", "ä", "a\n", "a\0", &"x".repeat(49)] {
+            assert!(check_name(name).unwrap_err().contains("is no name"), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_has_the_form_that_is_documented() {
+        let resize = Request::ShareResize { share: "/data".into(), size: 1 << 30 };
+        let text = json!({ "request": "share-resize", "share": "/data", "size": 1073741824u64 });
+        assert_eq!(serde_json::to_value(&resize).unwrap(), text);
+        assert_eq!(serde_json::from_value::<Request>(text).unwrap(), resize);
+        assert_eq!(serde_json::to_value(Request::Stats {}).unwrap(), json!({ "request": "stats" }));
+        assert_eq!(serde_json::to_value(Reply::Ok(json!({}))).unwrap(), json!({ "ok": {} }));
+        let error = Reply::Error("why".into());
+        assert_eq!(serde_json::to_value(error).unwrap(), json!({ "error": "why" }));
+    }
+}

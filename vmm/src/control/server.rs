@@ -1,0 +1,333 @@
+//! The sandbox's end of the socket.
+//!
+//! Whoever can connect is the user who runs the sandbox, or root: the socket and its directory are theirs
+//! alone. What comes is checked all the same, and a client that says nothing keeps no other from speaking.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, Mode, fchmod, flock};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+use serde_json::Value;
+
+use super::{MAX_LINE, Reply, Request, socket_path};
+
+/// The most clients at a time: each has a thread.
+const MOST_CLIENTS: usize = 16;
+/// A client may be silent for so long, and take so long to read what it is told.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// After an `accept` that failed: the process has no file descriptor left, and perhaps soon has.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
+
+/// Answers a request. Called by a thread for each client, several at a time.
+pub type Handler = dyn Fn(Request) -> Result<Value, String> + Send + Sync;
+
+/// A sandbox's socket. It is there as long as this value, whatever state the sandbox is in; dropping it takes
+/// it out of the file system.
+pub struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ControlSocket {
+    /// Makes the socket of the sandbox `name` in `directory`, which is made when it is not there. Who connects
+    /// waits until [`serve`](Self::serve). A socket that a sandbox left when it was killed is replaced.
+    ///
+    /// # Errors
+    ///
+    /// When a sandbox of this name runs, or the directory is not this user's alone.
+    pub fn new(directory: &Path, name: &str) -> Result<Self> {
+        make_private(directory)?;
+        let path = socket_path(directory, name);
+        // Between the look at what is there and our own socket nobody else may do the same.
+        let lock = File::open(directory).context("cannot be opened")?;
+        flock(&lock, FlockOperation::LockExclusive).context("cannot be locked")?;
+        if let Ok(there) = fs::symlink_metadata(&path) {
+            if !there.file_type().is_socket() {
+                bail!("{} is there and is no socket; remove it", path.display());
+            }
+            if is_alive(&path)? {
+                bail!("a sandbox of this name runs already; choose another name, or end that one");
+            }
+            fs::remove_file(&path).with_context(|| format!("{} stays", path.display()))?;
+        }
+        let socket = socket(SocketFlags::empty())?;
+        // Before it has a path, so that it never is anybody else's.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        bind(&socket, &SocketAddrUnix::new(&path).context("its path is too long for a socket")?)
+            .with_context(|| format!("{} cannot be made", path.display()))?;
+        listen(&socket, MOST_CLIENTS as i32)?;
+        Ok(Self { listener: socket.into(), path })
+    }
+
+    /// Answers whoever connects by `handler`, from threads, until the process ends.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it gives no thread.
+    pub fn serve(&self, handler: Arc<Handler>) -> Result<()> {
+        let listener = self.listener.try_clone().context("control socket")?;
+        let accept = move || {
+            let clients = Arc::new(AtomicUsize::new(0));
+            for stream in listener.incoming() {
+                match stream {
+                    Ok(stream) => begin(stream, &clients, &handler),
+                    Err(error) => {
+                        log::debug!("control socket: {error}");
+                        std::thread::sleep(ACCEPT_AGAIN);
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new().name("control".into()).spawn(accept).context("thread")?;
+        Ok(())
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        // It is ours: nobody replaces a socket to which one can connect.
+        if let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("{} stays: {error}", self.path.display());
+        }
+    }
+}
+
+/// Makes a directory that only this user can look into, unless it is there and only they can change it.
+fn make_private(directory: &Path) -> Result<()> {
+    let name = directory.display();
+    let made = fs::DirBuilder::new().mode(0o700).create(directory);
+    match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let there = fs::symlink_metadata(directory).with_context(|| name.to_string())?;
+            let own = there.uid() == rustix::process::geteuid().as_raw();
+            if !there.is_dir() || !own || there.mode() & 0o022 != 0 {
+                bail!("{name} is not a directory that this user alone can write to");
+            }
+            Ok(())
+        }
+        made => made.with_context(|| format!("{name} cannot be made")),
+    }
+}
+
+fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+}
+
+/// Whether somebody listens there. Does not wait for them.
+fn is_alive(path: &Path) -> Result<bool> {
+    let socket = socket(SocketFlags::NONBLOCK)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) => Ok(false),
+        // Also one whose clients queue up.
+        Ok(()) | Err(rustix::io::Errno::AGAIN) => Ok(true),
+        Err(error) => Err(error).with_context(|| path.display().to_string()),
+    }
+}
+
+/// Gives a client a thread.
+fn begin(mut stream: UnixStream, clients: &Arc<AtomicUsize>, handler: &Arc<Handler>) {
+    let patience = stream.set_read_timeout(Some(PATIENCE));
+    if patience.and_then(|()| stream.set_write_timeout(Some(PATIENCE))).is_err() {
+        return;
+    }
+    if clients.fetch_add(1, Ordering::Relaxed) >= MOST_CLIENTS {
+        clients.fetch_sub(1, Ordering::Relaxed);
+        let _ = say(&mut stream, &Reply::Error("too many clients; try again later".into()));
+        return;
+    }
+    let (left, handler) = (clients.clone(), handler.clone());
+    let body = move || {
+        if let Err(error) = converse(stream, handler.as_ref()) {
+            log::debug!("control socket: {error}");
+        }
+        left.fetch_sub(1, Ordering::Relaxed);
+    };
+    if let Err(error) = std::thread::Builder::new().name("control-client".into()).spawn(body) {
+        log::warn!("a client of the control socket is not heard: {error}");
+        clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn say(stream: &mut UnixStream, reply: &Reply) -> io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// Answers line by line, up to the end of what a client says.
+fn converse(mut stream: UnixStream, handler: &Handler) -> io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    loop {
+        let mut line = Vec::new();
+        reader.by_ref().take(MAX_LINE as u64 + 1).read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return Ok(());
+        }
+        if line.len() > MAX_LINE {
+            // Where the next one begins is anybody's guess.
+            return say(
+                &mut stream,
+                &Reply::Error(format!("a line of more than {MAX_LINE} bytes")),
+            );
+        }
+        let reply = match serde_json::from_slice(&line) {
+            Ok(request) => handler(request).map_or_else(Reply::Error, Reply::Ok),
+            Err(error) => Reply::Error(format!("no request: {error}")),
+        };
+        say(&mut stream, &reply)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use serde_json::json;
+
+    use super::super::client;
+    use super::*;
+
+    fn started(directory: &Path) -> ControlSocket {
+        let socket = ControlSocket::new(directory, "box").unwrap();
+        let handler = |request| match request {
+            Request::Stats {} => Ok(json!({ "all": "well" })),
+            Request::ShareResize { share, .. } => Err(format!("no share {share}")),
+        };
+        socket.serve(Arc::new(handler)).unwrap();
+        socket
+    }
+
+    /// Says something and hears one line.
+    fn ask(path: &Path, words: &[u8]) -> String {
+        let mut stream = UnixStream::connect(path).unwrap();
+        // One too many is not listened to.
+        let _ = stream.write_all(words);
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        assert_eq!(line.matches('\n').count(), 1, "{line:?}");
+        line.trim_end().into()
+    }
+
+    #[test]
+    fn a_request_is_a_line_and_so_is_the_reply() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = started(directory.path());
+        let mut stream = UnixStream::connect(&socket.path).unwrap();
+        let mut heard = BufReader::new(stream.try_clone().unwrap()).lines();
+        // Two at once, and one in pieces.
+        stream.write_all(b"{\"request\":\"stats\"}\n{\"request\":\"stats\"}\n{\"req").unwrap();
+        stream.write_all(b"uest\":\"share-resize\",\"share\":\"/x\",\"size\":0}\n").unwrap();
+        assert_eq!(heard.next().unwrap().unwrap(), r#"{"ok":{"all":"well"}}"#);
+        assert_eq!(heard.next().unwrap().unwrap(), r#"{"ok":{"all":"well"}}"#);
+        assert_eq!(heard.next().unwrap().unwrap(), r#"{"error":"no share /x"}"#);
+        let stats = client::ask_at(directory.path(), "box", &Request::Stats {}).unwrap();
+        assert_eq!(stats, json!({ "all": "well" }));
+        let resize = Request::ShareResize { share: "/y".into(), size: 1 };
+        let error = client::ask_at(directory.path(), "box", &resize).unwrap_err();
+        assert!(error.to_string().contains("no share /y"), "{error:#}");
+    }
+
+    #[test]
+    fn what_is_no_request_is_told_in_a_line_and_the_next_one_is_answered() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = started(directory.path());
+        for (words, hint) in [
+            (&b"hello\n"[..], "no request"),
+            (b"\n", "no request"),
+            (b"\xff\xfe\0\n", "no request"),
+            (b"[]\n", "no request"),
+            (b"{}\n", "request"),
+            (b"{\"request\":\"reboot\"}\n", "reboot"),
+            (b"{\"request\":\"share-resize\",\"share\":\"/x\"}\n", "size"),
+            (b"{\"request\":\"share-resize\",\"share\":\"/x\",\"size\":-1}\n", "size"),
+            (b"{\"request\":\"share-resize\",\"share\":7,\"size\":1}\n", "string"),
+            (b"{\"request\":\"stats\",\"more\":1}\n", "more"),
+        ] {
+            let said = ask(&socket.path, words);
+            let hinted = said.contains(hint) || hint == "size" && said.contains("u64");
+            assert!(said.starts_with("{\"error\":\"no request: ") && hinted, "{said}");
+        }
+        let deep = [&b"{\"x\":"[..], &[b'['; 10_000], b"\n"].concat();
+        assert!(ask(&socket.path, &deep).contains("recursion"));
+        let long = vec![b' '; MAX_LINE + 1];
+        assert!(ask(&socket.path, &long).contains("more than 65536"));
+        // A client that ends in the middle of a line, and one that does not listen.
+        drop(UnixStream::connect(&socket.path).unwrap().write_all(b"{"));
+        drop(UnixStream::connect(&socket.path).unwrap().write_all(b"{\"request\":\"stats\"}\n"));
+        assert!(ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well"));
+    }
+
+    #[test]
+    fn silent_clients_do_not_keep_others_from_an_answer() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = started(directory.path());
+        let connect = || UnixStream::connect(&socket.path).unwrap();
+        let silent: Vec<_> = (1..MOST_CLIENTS).map(|_| connect()).collect();
+        assert!(ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well"));
+        let one_more = connect();
+        let said = ask(&socket.path, b"");
+        assert!(said.contains("too many clients") || said.contains("well"), "{said}");
+        drop((silent, one_more));
+        let start = std::time::Instant::now();
+        while !ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well") {
+            assert!(start.elapsed().as_secs() < 10, "the others are gone");
+        }
+    }
+
+    #[test]
+    fn the_socket_is_the_users_alone_and_goes_with_the_sandbox() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("oriel");
+        let socket = ControlSocket::new(&directory, "box").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&directory), mode(&socket.path)), (0o700, 0o600));
+        let path = socket.path.clone();
+        let taken = ControlSocket::new(&directory, "box").err().unwrap();
+        assert!(taken.to_string().contains("runs already"), "{taken:#}");
+        assert!(ControlSocket::new(&directory, "other").is_ok());
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_killed_sandbox_left_is_replaced_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = socket_path(directory.path(), "box");
+        // What is left of a listener that was killed.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(client::ask_at(directory.path(), "box", &Request::Stats {}).is_err());
+        let socket = started(directory.path());
+        assert!(ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well"));
+        drop(socket);
+        fs::write(&path, "mine").unwrap();
+        let error = ControlSocket::new(directory.path(), "box").err().unwrap();
+        assert!(error.to_string().contains("no socket"), "{error:#}");
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_to_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let error = ControlSocket::new(directory.path(), "box").err().unwrap();
+        assert!(error.to_string().contains("this user alone"), "{error:#}");
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(ControlSocket::new(&file, "box").is_err());
+        let deep = directory.path().join("x".repeat(120));
+        let error = ControlSocket::new(&deep, "box").err().unwrap();
+        assert!(error.to_string().contains("too long"), "{error:#}");
+    }
+}
