@@ -25,4 +25,5 @@ pub mod serial;
 pub mod share;
 pub mod virtio;
 
+mod budget;
 mod sync;

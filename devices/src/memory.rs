@@ -68,6 +68,8 @@ pub enum BufferError {
 #[derive(Clone, Copy)]
 struct Segment<'m> {
     slice: VolatileSlice<'m>,
+    /// Where the driver said it is; nothing for host memory.
+    address: GuestAddress,
     /// The segment is in a DAX window: touch it by system calls only.
     may_fault: bool,
 }
@@ -107,7 +109,7 @@ impl<'m> GuestBuffer<'m> {
             let piece = memory.to_region_addr(at).and_then(|(region, start)| {
                 let count = left.min(usize::try_from(region.len() - start.0).ok()?);
                 let slice = region.get_slice(start, count).ok()?;
-                Some(Segment { slice, may_fault: region.prot() == libc::PROT_NONE })
+                Some(Segment { slice, address: at, may_fault: region.prot() == libc::PROT_NONE })
             });
             let next = piece.and_then(|piece| {
                 self.segments.push(piece);
@@ -136,8 +138,19 @@ impl<'m> GuestBuffer<'m> {
     /// A buffer over host memory, for a server that is driven without a guest (a test, `/dev/fuse`).
     pub fn from_slice(bytes: &'m mut [u8]) -> Self {
         let mut buffer = Self { segments: SmallVec::new(), len: bytes.len() };
-        buffer.segments.push(Segment { slice: VolatileSlice::from(bytes), may_fault: false });
+        buffer.segments.push(Segment {
+            slice: VolatileSlice::from(bytes),
+            address: GuestAddress(0),
+            may_fault: false,
+        });
         buffer
+    }
+
+    /// The same buffer as guest addresses and lengths, to be found again later in another snapshot of the
+    /// memory: see [`BufferPlace`].
+    pub fn place(&self) -> BufferPlace {
+        let parts = self.segments.iter().map(|segment| (segment.address, segment.slice.len()));
+        BufferPlace { parts: parts.collect() }
     }
 
     /// Length in bytes.
@@ -371,8 +384,33 @@ impl<'m> GuestBuffer<'m> {
                 return None;
             }
             let slice = segment.slice.subslice(from - first, to - from).ok()?;
-            Some(Segment { slice, may_fault: segment.may_fault })
+            // Inside a range of guest memory, which does not wrap.
+            let address = GuestAddress(segment.address.0.wrapping_add((from - first) as u64));
+            Some(Segment { slice, address, may_fault: segment.may_fault })
         }))
+    }
+}
+
+/// Where a buffer was, for one that is written to long after the request was taken from its queue. It holds no
+/// memory: the guest may move a window meanwhile, and then finds the bytes in the place that has the address
+/// by that time.
+#[derive(Debug)]
+pub struct BufferPlace {
+    parts: Box<[(GuestAddress, usize)]>,
+}
+
+impl BufferPlace {
+    /// The buffer in `memory`, as it is now.
+    ///
+    /// # Errors
+    ///
+    /// [`BufferError::NotMemory`] when some of it is not there any more.
+    pub fn buffer<'m>(&self, memory: &'m GuestMemory) -> Result<GuestBuffer<'m>, BufferError> {
+        let mut buffer = GuestBuffer::new();
+        for (address, len) in &self.parts {
+            buffer.push(memory, *address, *len)?;
+        }
+        Ok(buffer)
     }
 }
 

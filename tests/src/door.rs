@@ -18,7 +18,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::fuse::abi::{InHeader, MAX_REQUEST, MAX_WRITE, OutHeader};
-use devices::fuse::{Counters, Session};
+use devices::fuse::{Completion, Counters, Deferral, Served, Session};
 use devices::memory::GuestBuffer;
 use devices::share::{Options, Share};
 use rustix::io::Errno;
@@ -85,7 +85,8 @@ impl Door {
         mount("oriel", path, "fuse.oriel", MountFlags::empty(), Some(data.as_c_str()))?;
 
         let session = Session::new(share.clone(), None);
-        let server = Arc::new(Server { device, share, session, failures: Mutex::default() });
+        let device = Arc::new(Device { file: device, failures: Mutex::default() });
+        let server = Arc::new(Server { device, share, session });
         let mut door =
             Self { path: path.to_path_buf(), server, threads: Vec::new(), _directory: None };
         for number in 0..THREADS {
@@ -113,7 +114,7 @@ impl Door {
 
     /// What must never happen and did: a panic of the server, a reply that the kernel did not take.
     pub fn failures(&self) -> Vec<String> {
-        self.server.failures().clone()
+        self.server.device.failures().clone()
     }
 
     /// Calls `act` once, from another thread, when the mount is gone, whoever unmounted it.
@@ -154,7 +155,7 @@ impl Door {
 fn join(threads: Vec<JoinHandle<()>>, server: &Server) {
     for thread in threads {
         if thread.join().is_err() {
-            server.fail("a thread has panicked".into());
+            server.device.fail("a thread has panicked".into());
         }
     }
 }
@@ -178,10 +179,32 @@ impl Drop for Door {
 
 /// What the threads share.
 struct Server {
-    device: File,
+    device: Arc<Device>,
     share: Arc<Share>,
     session: Session,
+}
+
+/// The kernel's side, and what went wrong there.
+struct Device {
+    file: File,
     failures: Mutex<Vec<String>>,
+}
+
+/// Lets the kernel have the reply to a request later.
+struct Later<'d>(&'d Arc<Device>, InHeader);
+
+impl Deferral for Later<'_> {
+    fn defer(&self) -> Box<dyn Completion> {
+        Box::new(LaterReply(self.0.clone(), self.1))
+    }
+}
+
+struct LaterReply(Arc<Device>, InHeader);
+
+impl Completion for LaterReply {
+    fn complete(self: Box<Self>, reply: &[u8]) {
+        self.0.reply(reply, &self.1);
+    }
 }
 
 impl Server {
@@ -190,13 +213,13 @@ impl Server {
         let mut request = vec![0; MAX_REQUEST];
         let mut reply = vec![0; MAX_REPLY];
         loop {
-            let len = match rustix::io::read(&self.device, &mut request) {
+            let len = match rustix::io::read(&self.device.file, &mut request) {
                 Ok(len) => len,
                 // ENOENT: the request was interrupted before it could be read.
                 Err(Errno::INTR | Errno::NOENT | Errno::AGAIN) => continue,
                 Err(Errno::NODEV | Errno::CONNABORTED) => break,
                 Err(error) => {
-                    self.fail(format!("/dev/fuse cannot be read: {error}"));
+                    self.device.fail(format!("/dev/fuse cannot be read: {error}"));
                     break;
                 }
             };
@@ -212,22 +235,32 @@ impl Server {
         let served = {
             let request = GuestBuffer::from_slice(request);
             let target = GuestBuffer::from_slice(reply);
-            catch_unwind(AssertUnwindSafe(|| self.session.serve(&request, &target)))
+            let later = Later(&self.device, header);
+            catch_unwind(AssertUnwindSafe(|| self.session.serve(&request, &target, &later)))
         };
         let used = match served {
-            Ok(used) => used as usize,
+            Ok(Served::Done(used)) => used as usize,
+            Ok(Served::Later) => return,
             Err(_) => {
-                self.fail(format!("a panic over {header:?}"));
+                self.device.fail(format!("a panic over {header:?}"));
                 let error = OutHeader { len: 16, error: -libc::EIO, unique: header.unique };
                 reply[..16].copy_from_slice(error.as_slice());
                 16
             }
         };
         if used > 0 {
-            match rustix::io::write(&self.device, &reply[..used]) {
-                // ENOENT: whoever asked was killed meanwhile.
-                Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED) => {}
-                Err(error) => self.fail(format!("{error}: {used} bytes in reply to {header:?}")),
+            self.device.reply(&reply[..used], &header);
+        }
+    }
+}
+
+impl Device {
+    fn reply(&self, reply: &[u8], header: &InHeader) {
+        match rustix::io::write(&self.file, reply) {
+            // ENOENT: whoever asked was killed meanwhile.
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED) => {}
+            Err(error) => {
+                self.fail(format!("{error}: {} bytes in reply to {header:?}", reply.len()))
             }
         }
     }

@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use rustix::fs::fstat;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use super::budget::{self, Budget};
+use super::budget;
 use super::streams::Streams;
 use super::table::{Backing, FileEnds, Mapping, Opened, State, page_end};
 use super::{DaxWindow, GuestPageTables, Statistics};
+use crate::budget::Budget;
 
 /// Alignment of the window and of its size, in bytes: that of a large page. Host and guest address have to
 /// agree modulo this for KVM to map one, and it is how much the Linux guest maps at a time.

@@ -8,10 +8,10 @@ use vm_memory::ByteValued;
 
 pub use fuse_backend_rs::abi::fuse_abi::{
     AccessIn, Attr, AttrOut, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut,
-    FallocateIn, FlushIn, ForgetIn, ForgetOne, FsyncIn, GetattrIn, GetxattrIn, GetxattrOut,
-    InHeader, InitIn, InitIn2, InitOut, IoctlIn, IoctlOut, Kstatfs, LinkIn, LseekIn, LseekOut,
-    MkdirIn, MknodIn, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, Rename2In, RenameIn,
-    SetattrIn, SetxattrIn, StatfsOut, WriteIn, WriteOut,
+    FallocateIn, FileLock, FlushIn, ForgetIn, ForgetOne, FsyncIn, GetattrIn, GetxattrIn,
+    GetxattrOut, InHeader, InitIn, InitIn2, InitOut, InterruptIn, IoctlIn, IoctlOut, Kstatfs,
+    LinkIn, LkIn, LkOut, LseekIn, LseekOut, MkdirIn, MknodIn, OpenIn, OpenOut, OutHeader, ReadIn,
+    ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn, StatfsOut, WriteIn, WriteOut,
 };
 pub use fuse_backend_rs::abi::virtio_fs::{RemovemappingIn, RemovemappingOne, SetupmappingIn};
 
@@ -51,12 +51,16 @@ bitflags! {
     pub struct InitFlags: u64 {
         /// Several reads of one file may be under way.
         const ASYNC_READ = 1 << 0;
+        /// GETLK, SETLK and SETLKW go to the server.
+        const POSIX_LOCKS = 1 << 1;
         /// OPEN carries O_TRUNC instead of a SETATTR before it.
         const ATOMIC_O_TRUNC = 1 << 3;
         /// Writes above 4 KiB.
         const BIG_WRITES = 1 << 5;
         /// The guest does not apply its umask; the server would.
         const DONT_MASK = 1 << 6;
+        /// flock(2) goes to the server too, as a SETLK.
+        const FLOCK_LOCKS = 1 << 10;
         /// Cached pages go when the size or mtime changed.
         const AUTO_INVAL_DATA = 1 << 12;
         /// READDIRPLUS exists.
@@ -153,6 +157,10 @@ pub const EXT_GROUPS: u32 = 32;
 /// `FUSE_IOCTL_UNRESTRICTED`: the server may look at all of the caller's memory, by asking for it piece by
 /// piece. Linux offers this to character devices in user space only.
 pub const IOCTL_UNRESTRICTED: u32 = 1 << 1;
+/// `FUSE_LK_FLOCK`: a lock of flock(2), not of fcntl(2).
+pub const LK_FLOCK: u32 = 1 << 0;
+/// `FUSE_RELEASE_FLOCK_UNLOCK`: there may be a lock of flock(2) on this handle.
+pub const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
 /// `FUSE_FSYNC_FDATASYNC`.
 pub const FSYNC_FDATASYNC: u32 = 1 << 0;
 /// `FUSE_SETUPMAPPING_FLAG_WRITE`.

@@ -7,14 +7,15 @@ use vm_memory::ByteValued;
 use super::abi::{
     AccessIn, BatchForgetIn, CopyFileRangeIn, CopyFileRangeOut, CreateIn, Dirent, EntryOut,
     FSYNC_FDATASYNC, FallocateIn, FlushIn, ForgetIn, ForgetOne, FsyncIn, GETATTR_FH, GetattrIn,
-    GetxattrIn, GetxattrOut, IN_HEADER, InitFlags, IoctlIn, IoctlOut, LinkIn, LseekIn, LseekOut,
-    MAX_WRITE, MkdirIn, MknodIn, NAME_MAX, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In, RenameIn,
-    SETXATTR_ACL_KILL_SGID, SetattrIn, SetupmappingIn, SetxattrIn, SetxattrIn2, StatfsOut, StatxIn,
-    SyncfsIn, TARGET_MAX, WriteIn, WriteOut,
+    GetxattrIn, GetxattrOut, IN_HEADER, InitFlags, IoctlIn, IoctlOut, LinkIn, LkIn, LkOut, LseekIn,
+    LseekOut, MAX_WRITE, MkdirIn, MknodIn, NAME_MAX, OpenIn, OpenOut, ReadIn, ReleaseIn, Rename2In,
+    RenameIn, SETXATTR_ACL_KILL_SGID, SetattrIn, SetupmappingIn, SetxattrIn, SetxattrIn2,
+    StatfsOut, StatxIn, SyncfsIn, TARGET_MAX, WriteIn, WriteOut,
 };
 use super::errno::{Errno, Result};
 use super::extension;
-use super::filesystem::{Caller, DirectorySink, Listing, XattrReply};
+use super::filesystem::{Caller, DirectorySink, Listing, LockReply, XattrReply};
+use super::later::Wait;
 use super::opcode::Opcode;
 use super::reply::{Payload, Reply};
 use super::request::{Decoder, Header};
@@ -29,7 +30,7 @@ const LISTING_MAX: usize = MAX_WRITE as usize;
 const COPY_32_MAX: u64 = u32::MAX as u64 & !0xfff;
 
 impl Session {
-    /// Serves every operation that is answered, but INIT and DESTROY. Returns the length of the body.
+    /// Serves every operation that is answered, but INIT, DESTROY and SETLKW. Returns the length of the body.
     pub(super) fn dispatch(
         &self,
         opcode: Opcode,
@@ -39,14 +40,7 @@ impl Session {
         reply: &Reply<'_, '_>,
     ) -> Result<usize> {
         let fs = &*self.fs;
-        let caller = Caller {
-            nodeid: header.raw.nodeid,
-            uid: header.raw.uid,
-            gid: header.raw.gid,
-            pid: header.raw.pid,
-            group: self.group(opcode, header, &mut body)?,
-            umask: None,
-        };
+        let caller = Caller { group: self.group(opcode, header, &mut body)?, ..header.caller() };
         let with_umask = |umask| Caller {
             umask: self.agreed_on(InitFlags::DONT_MASK).then_some(umask),
             ..caller
@@ -154,7 +148,7 @@ impl Session {
             Opcode::Statfs => reply.put(&StatfsOut { st: fs.statfs(caller)? }),
             Opcode::Release => {
                 let input: ReleaseIn = body.take()?;
-                done(fs.release(caller, input.fh))
+                done(fs.release(caller, &input))
             }
             Opcode::Releasedir => {
                 let input: ReleaseIn = body.take()?;
@@ -162,7 +156,7 @@ impl Session {
             }
             Opcode::Flush => {
                 let input: FlushIn = body.take()?;
-                done(fs.flush(caller, input.fh))
+                done(fs.flush(caller, &input))
             }
             Opcode::Fsync => {
                 let input: FsyncIn = body.take()?;
@@ -285,18 +279,39 @@ impl Session {
                 let mappings = self.usable_mappings()?;
                 done(mappings.remove(&mut body, &self.counters))
             }
-            // The reasons are in the table.
-            Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw | Opcode::Bmap | Opcode::Poll => {
-                Err(Errno::NOSYS)
+            Opcode::Getlk => {
+                let input: LkIn = body.take()?;
+                reply.put(&LkOut { lk: fs.get_lock(caller, &input)? })
             }
+            Opcode::Setlk => {
+                let input: LkIn = body.take()?;
+                done(fs.set_lock(caller, &input, None).map(drop))
+            }
+            // The reasons are in the table.
+            Opcode::Bmap | Opcode::Poll => Err(Errno::NOSYS),
             // Served before this is reached.
             Opcode::Init
             | Opcode::Destroy
+            | Opcode::Setlkw
             | Opcode::Forget
             | Opcode::BatchForget
             | Opcode::Interrupt
             | Opcode::NotifyReply => Err(Errno::INVAL),
         }
+    }
+
+    /// SETLKW. `None` when the lock is waited for.
+    pub(super) fn set_lock_waiting(
+        &self,
+        header: &Header,
+        mut body: Decoder<'_>,
+        wait: Wait<'_>,
+    ) -> Result<Option<usize>> {
+        let input: LkIn = body.take()?;
+        Ok(match self.fs.set_lock(header.caller(), &input, Some(wait))? {
+            LockReply::Done => Some(0),
+            LockReply::Waiting => None,
+        })
     }
 
     /// FORGET and BATCH_FORGET.
@@ -363,7 +378,7 @@ impl Session {
         reply.put(&entry).and_then(|at| reply.put_bytes(at, open.as_slice())).inspect_err(|_| {
             let caller = Caller { nodeid: entry.nodeid, ..caller };
             // Nobody holds it; a failure to close what was just opened is no news.
-            let _ = self.fs.release(caller, open.fh);
+            let _ = self.fs.release(caller, &ReleaseIn { fh: open.fh, ..ReleaseIn::default() });
             self.fs.forget(entry.nodeid, 1);
         })
     }

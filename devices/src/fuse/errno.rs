@@ -22,10 +22,12 @@ macro_rules! errnos {
 
 errnos! {
     ACCES = EACCES,
+    AGAIN = EAGAIN,
     BADF = EBADF,
     EXIST = EEXIST,
     FBIG = EFBIG,
     INVAL = EINVAL,
+    INTR = EINTR,
     IO = EIO,
     ISDIR = EISDIR,
     MFILE = EMFILE,
@@ -34,6 +36,7 @@ errnos! {
     NODATA = ENODATA,
     NODEV = ENODEV,
     NOENT = ENOENT,
+    NOLCK = ENOLCK,
     NOMEM = ENOMEM,
     NOSYS = ENOSYS,
     NOTDIR = ENOTDIR,

@@ -4,10 +4,11 @@ use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
 use super::abi::{
-    AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, IoctlIn, Kstatfs, LseekIn, OpenOut,
-    ReadIn, SetattrIn, StatxOut, WriteIn,
+    AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, FileLock, FlushIn, IoctlIn, Kstatfs,
+    LkIn, LseekIn, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
 };
 use super::errno::{Errno, Result};
+use super::later::Wait;
 use super::reply::Payload;
 
 /// Who asks, and about what: the parts of the request's header that an operation may use.
@@ -50,6 +51,8 @@ pub struct Preferences {
     pub acl: bool,
     /// What is made is made as the guest's process, whose groups then count.
     pub groups: bool,
+    /// Locks of fcntl(2) and flock(2) are the file system's to grant.
+    pub locks: bool,
 }
 
 /// One entry of a listing.
@@ -89,6 +92,15 @@ pub enum XattrReply {
     Size(u32),
     /// The value.
     Value(Vec<u8>),
+}
+
+/// What became of a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockReply {
+    /// It is set, or gone.
+    Done,
+    /// It is waited for. [`Wait::begin`] was called, and what that returned answers the request.
+    Waiting,
 }
 
 /// A file system behind a session.
@@ -172,10 +184,26 @@ pub trait FileSystem: Send + Sync {
     fn read(&self, caller: Caller, request: &ReadIn, target: Payload<'_, '_>) -> Result<usize>;
     /// WRITE: stores `source` and says how many bytes went.
     fn write(&self, caller: Caller, request: &WriteIn, source: Payload<'_, '_>) -> Result<usize>;
-    /// FLUSH: one descriptor of an open file was closed.
-    fn flush(&self, caller: Caller, fh: u64) -> Result<()>;
-    /// RELEASE: the last one was.
-    fn release(&self, caller: Caller, fh: u64) -> Result<()>;
+    /// FLUSH: one descriptor of an open file was closed. With it go all POSIX locks of `lock_owner` on the
+    /// file (fcntl(2)).
+    fn flush(&self, caller: Caller, request: &FlushIn) -> Result<()>;
+    /// RELEASE: the last one was. With it go the locks that belong to the open file.
+    fn release(&self, caller: Caller, request: &ReleaseIn) -> Result<()>;
+    /// GETLK: the first lock that keeps the given one from being set, or the given one with type `F_UNLCK`.
+    /// `pid` is 0 for a process that is none of this guest's.
+    fn get_lock(&self, _caller: Caller, _request: &LkIn) -> Result<FileLock> {
+        Err(Errno::NOSYS)
+    }
+    /// SETLK, and SETLKW with leave to `wait`: sets or takes away a lock. Without that leave, a lock that
+    /// cannot be had is `EAGAIN`.
+    fn set_lock(
+        &self,
+        _caller: Caller,
+        _request: &LkIn,
+        _wait: Option<Wait<'_>>,
+    ) -> Result<LockReply> {
+        Err(Errno::NOSYS)
+    }
     /// FSYNC.
     fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()>;
     /// FALLOCATE.

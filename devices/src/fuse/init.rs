@@ -109,6 +109,7 @@ fn agree(offered: InitFlags, wanted: Preferences, window: bool) -> InitFlags {
         | InitFlags::CACHE_SYMLINKS
         | InitFlags::INIT_EXT;
     want.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, wanted.readdirplus);
+    want.set(InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS, wanted.locks);
     want.set(InitFlags::WRITEBACK_CACHE, wanted.writeback);
     want.set(InitFlags::SUBMOUNTS, wanted.submounts);
     want.set(InitFlags::HANDLE_KILLPRIV_V2, wanted.kill_privileges);

@@ -15,6 +15,7 @@ mod errno;
 mod extension;
 mod filesystem;
 mod init;
+mod later;
 mod mapping;
 pub mod opcode;
 pub mod reply;
@@ -23,7 +24,10 @@ pub mod session;
 
 pub use counters::Counters;
 pub use errno::{Errno, Result};
-pub use filesystem::{Caller, DirectorySink, FileSystem, Listing, Preferences, XattrReply};
+pub use filesystem::{
+    Caller, DirectorySink, FileSystem, Listing, LockReply, Preferences, XattrReply,
+};
+pub use later::{Completion, Deferral, Interrupt, Pending, Served, Wait};
 pub use reply::Payload;
 pub use session::Session;
 

@@ -145,7 +145,7 @@ opcodes! {
     Statfs        = 17 "STATFS",        0,  0,                 Body(80),
         statfs, "of the file system that the file is on";
     Release       = 18 "RELEASE",       24, 24,                Body(0),
-        release, "";
+        release, "gives up the locks that belong to the open file";
     Fsync         = 20 "FSYNC",         16, 16,                Body(0),
         fsync, "";
     Setxattr      = 21 "SETXATTR",      9,  8 + PATH + XATTR_MAX, Body(0),
@@ -157,7 +157,7 @@ opcodes! {
     Removexattr   = 24 "REMOVEXATTR",   1,  PATH,              Body(0),
         removexattr, "";
     Flush         = 25 "FLUSH",         24, 24,                Body(0),
-        flush, "tells what the host's file system says at close, as NFS does";
+        flush, "gives up the POSIX locks of the owner; tells what the host's file system says at close, as NFS does";
     Init          = 26 "INIT",          16, 256,               Body(8),
         session, "major version 7; a second one ends the session and begins another";
     Opendir       = 27 "OPENDIR",       8,  8,                 Body(16),
@@ -169,17 +169,17 @@ opcodes! {
     Fsyncdir      = 30 "FSYNCDIR",      16, 16,                Body(0),
         fsyncdir, "";
     Getlk         = 31 "GETLK",         48, 48,                Body(24),
-        refused, "not negotiated: locks are the guest's own";
+        get_lock, "range below 2^63; a holder outside the guest has pid 0";
     Setlk         = 32 "SETLK",         48, 48,                Body(0),
-        refused, "not negotiated: locks are the guest's own";
+        set_lock, "for reading, for writing or none, range below 2^63; no flag but `FUSE_LK_FLOCK`; with `locks=guest` `ENOSYS`";
     Setlkw        = 33 "SETLKW",        48, 48,                Body(0),
-        refused, "not negotiated: locks are the guest's own";
+        set_lock, "as SETLK; waits beside its queue, at most 1024 at a time, until INTERRUPT or the session's end";
     Access        = 34 "ACCESS",        8,  8,                 Body(0),
         access, "by the mode bits; a Linux guest decides itself and does not ask";
     Create        = 35 "CREATE",        17, 16 + PATH,         Body(144),
         create, "as OPEN; what is there is only opened if it is a regular file";
     Interrupt     = 36 "INTERRUPT",     8,  8,                 Never,
-        session, "has no effect: no request waits for what the guest could end";
+        session, "ends the waiting of a SETLKW; one that comes before its request is kept in mind";
     Bmap          = 37 "BMAP",          16, 16,                Body(8),
         refused, "block numbers are of use on the block device below, and the guest has none";
     Destroy       = 38 "DESTROY",       0,  0,                 Body(0),

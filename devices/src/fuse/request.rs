@@ -10,6 +10,7 @@ use vm_memory::ByteValued;
 
 use super::abi::{IN_HEADER, InHeader, NAME_MAX};
 use super::errno::{Errno, Result};
+use super::filesystem::Caller;
 use super::opcode::{Limits, Opcode, find};
 use crate::memory::GuestBuffer;
 
@@ -45,6 +46,18 @@ pub fn read_raw_header(buffer: &GuestBuffer<'_>) -> Result<InHeader> {
 }
 
 impl Header {
+    /// Who asks, and about what, without what is not in the header.
+    pub fn caller(&self) -> Caller {
+        Caller {
+            nodeid: self.raw.nodeid,
+            uid: self.raw.uid,
+            gid: self.raw.gid,
+            pid: self.raw.pid,
+            group: None,
+            umask: None,
+        }
+    }
+
     /// Checks the lengths of `raw` against the buffer and against the limits of its operation.
     ///
     /// # Errors

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::abi::{InHeader, InitFlags};
+use super::abi::{InHeader, InitFlags, InterruptIn};
 use super::counters::Counters;
 use super::errno::{Errno, Result};
 use super::filesystem::FileSystem;
 use super::init;
+use super::later::{Deferral, Served, Wait, Waiting};
 use super::mapping::Mappings;
 use super::opcode::{Answer, Limits, Opcode};
 use super::reply::Reply;
@@ -22,30 +23,57 @@ use crate::memory::GuestBuffer;
 pub struct Session {
     pub(super) fs: Arc<dyn FileSystem>,
     pub(super) mappings: Option<Mappings>,
-    pub(super) counters: Counters,
+    pub(super) counters: Arc<Counters>,
     begun: AtomicBool,
     /// The flags that the last INIT agreed on.
     agreed: AtomicU64,
+    waiting: Waiting,
 }
 
 impl Session {
     /// A session that waits for its INIT. Without a `window`, there is no DAX.
     pub fn new(fs: Arc<dyn FileSystem>, window: Option<Arc<dyn DaxWindow>>) -> Self {
+        let counters = Arc::new(Counters::default());
         Self {
             fs,
             mappings: window.map(Mappings::new),
-            counters: Counters::default(),
             begun: AtomicBool::new(false),
             agreed: AtomicU64::new(0),
+            waiting: Waiting::new(counters.clone()),
+            counters,
         }
     }
 
-    /// Serves one request from `request` (the chain's readable part) into `reply` (its writable part), and
-    /// returns the used length: exactly the bytes of the reply (`out.len`), 0 where no reply is due or
-    /// possible.
+    /// Serves one request from `request` (the chain's readable part) into `reply` (its writable part).
     ///
-    /// May block as long as the host's file system does. Called from any thread, any number at once.
-    pub fn serve(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
+    /// May block as long as the host's file system does, but not for a lock: a request that has to wait for
+    /// one is answered through `deferral`. Called from any thread, any number at once.
+    pub fn serve(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: &dyn Deferral,
+    ) -> Served {
+        match self.serve_request(request, reply, Some(deferral)) {
+            Some(len) => Served::Done(len),
+            None => Served::Later,
+        }
+    }
+
+    /// Serves one request of the high priority queue, as [`serve`](Self::serve) does, and returns the length
+    /// of the reply. Only what has no reply is served: FORGET, BATCH_FORGET and INTERRUPT (virtio 1.3,
+    /// 5.11.6.2). All else is `EINVAL`, so that nothing there ever takes long.
+    pub fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
+        self.serve_request(request, reply, None).unwrap_or(0)
+    }
+
+    /// `None` when the request is answered later. Without a `deferral` it is an urgent one.
+    fn serve_request(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: Option<&dyn Deferral>,
+    ) -> Option<u32> {
         // A header that cannot even be read (its window page is gone) is answered without its `unique`.
         let (raw, read) = match read_raw_header(request) {
             Ok(raw) => (raw, Ok(())),
@@ -58,16 +86,19 @@ impl Session {
                 self.counters.count(limits.opcode);
                 if limits.answer == Answer::Never {
                     self.unanswered(limits, &header, request);
-                    return 0;
+                    return Some(0);
                 }
-                self.answered(limits, &header, request, &reply)
+                match deferral {
+                    Some(deferral) => self.answered(limits, &header, request, &reply, deferral),
+                    None => Err(Errno::INVAL),
+                }
             }
             Err(errno) => {
                 Counters::add(&self.counters.malformed, 1);
                 if super::opcode::find(raw.opcode)
                     .is_some_and(|known| known.answer == Answer::Never)
                 {
-                    return 0;
+                    return Some(0);
                 }
                 Err(errno)
             }
@@ -75,14 +106,16 @@ impl Session {
         if result.is_err() {
             Counters::add(&self.counters.errors, 1);
         }
-        reply.finish(result)
+        Some(reply.finish(result.transpose()?))
     }
 
-    /// Device reset: the guest is gone. Drops every node and handle and empties the window; the next request
-    /// must be INIT. Does not wait for requests that are being served: what they hold goes when they end.
-    /// Idempotent.
+    /// Device reset: the guest is gone. Drops every node, handle and lock and empties the window; the next
+    /// request must be INIT. Requests that wait for a lock are asked to stop. Does not wait for them, nor for
+    /// requests that are being served: what they hold goes when they end. Idempotent.
     pub fn reset(&self) {
         self.begun.store(false, Ordering::Release);
+        // Before the locks go that they wait for: those need not be granted any more.
+        self.waiting.clear();
         // The nodes first. A SETUPMAPPING that saw the session before it ended, and sleeps, then wakes up
         // to a node id that is never valid again, or has its file open from before and is turned away by
         // `Mappings::clear`. The other way round it could map the old file into the cleared window.
@@ -112,15 +145,24 @@ impl Session {
 
     /// The operations without a reply. There is nobody to tell of an error.
     fn unanswered(&self, limits: &Limits, header: &Header, request: &GuestBuffer<'_>) {
-        let forget = matches!(limits.opcode, Opcode::Forget | Opcode::BatchForget);
-        // INTERRUPT: requests are not interruptible, and the guest does not wait for an answer.
-        // NOTIFY_REPLY: nothing was asked.
-        if forget && self.begun.load(Ordering::Acquire) {
-            let done = Body::read(request, header, limits.opcode)
-                .and_then(|body| self.forget(limits.opcode, header, body.decoder()));
-            if done.is_err() {
-                Counters::add(&self.counters.malformed, 1);
-            }
+        if !self.begun.load(Ordering::Acquire) {
+            return;
+        }
+        let done =
+            Body::read(request, header, limits.opcode).and_then(|body| match limits.opcode {
+                Opcode::Forget | Opcode::BatchForget => {
+                    self.forget(limits.opcode, header, body.decoder())
+                }
+                Opcode::Interrupt => {
+                    let input: InterruptIn = body.decoder().take()?;
+                    self.waiting.interrupt(input.unique);
+                    Ok(())
+                }
+                // NOTIFY_REPLY: nothing was asked.
+                _ => Ok(()),
+            });
+        if done.is_err() {
+            Counters::add(&self.counters.malformed, 1);
         }
     }
 
@@ -130,7 +172,8 @@ impl Session {
         header: &Header,
         request: &GuestBuffer<'_>,
         reply: &Reply<'_, '_>,
-    ) -> Result<usize> {
+        deferral: &dyn Deferral,
+    ) -> Result<Option<usize>> {
         let Answer::Body(least) = limits.answer else {
             return Err(Errno::NOSYS);
         };
@@ -141,12 +184,23 @@ impl Session {
         match limits.opcode {
             Opcode::Init => {
                 let body = Body::read(request, header, limits.opcode)?;
-                self.init(&body, reply)
+                self.init(&body, reply).map(Some)
+            }
+            Opcode::Setlkw => {
+                // Before the session is asked for: one that ends now must not be waited in.
+                let epoch = self.waiting.epoch();
+                if !self.begun.load(Ordering::Acquire) {
+                    return Err(Errno::IO);
+                }
+                let body = Body::read(request, header, limits.opcode)?;
+                let wait =
+                    Wait { waiting: &self.waiting, epoch, unique: header.raw.unique, deferral };
+                self.set_lock_waiting(header, body.decoder(), wait)
             }
             _ if !self.begun.load(Ordering::Acquire) => Err(Errno::IO),
             Opcode::Destroy => {
                 self.reset();
-                Ok(0)
+                Ok(Some(0))
             }
             opcode => {
                 let body = Body::read(request, header, opcode)?;
@@ -155,7 +209,7 @@ impl Session {
                 if let (Some(mappings), false) = (&self.mappings, opcode == Opcode::Read) {
                     mappings.file_may_have_grown();
                 }
-                result
+                result.map(Some)
             }
         }
     }

@@ -1,11 +1,13 @@
 //! A guest for tests: sends raw requests to a session and checks the form of every reply.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use vm_memory::ByteValued;
 
 use super::abi::*;
+use super::later::{Completion, Deferral, Served};
 use super::opcode::Opcode;
 use super::session::Session;
 use crate::dax::{DaxWindow, Window};
@@ -25,6 +27,16 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
+    fn check(reply: &[u8], unique: u64) -> Self {
+        let mut header = OutHeader::default();
+        header.as_mut_slice().copy_from_slice(&reply[..16]);
+        assert_eq!(header.len as usize, reply.len(), "used length and out.len differ");
+        assert_eq!(header.unique, unique, "unique is not echoed");
+        assert!((-511..=0).contains(&header.error));
+        assert!(header.error == 0 || reply.len() == 16, "an error has a body");
+        Self { error: -header.error, body: reply[16..].to_vec() }
+    }
+
     /// A fixed part of the body of a reply that succeeded.
     pub(crate) fn part<T: ByteValued + Default>(&self, offset: usize) -> T {
         assert_eq!(self.error, 0, "the request failed");
@@ -44,6 +56,40 @@ impl Answer {
     /// Asserts success without a body.
     pub(crate) fn ok(&self) {
         assert_eq!((self.error, self.body.len()), (0, 0));
+    }
+}
+
+/// How long any reply may take that is expected.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Takes a reply that comes later.
+struct LaterReply(mpsc::Sender<Vec<u8>>);
+
+impl Deferral for LaterReply {
+    fn defer(&self) -> Box<dyn Completion> {
+        Box::new(LaterReply(self.0.clone()))
+    }
+}
+
+impl Completion for LaterReply {
+    fn complete(self: Box<Self>, reply: &[u8]) {
+        // A test that does not look is no error.
+        let _ = self.0.send(reply.to_vec());
+    }
+}
+
+/// Serves a request, and waits for a reply that comes later.
+fn serve(session: &Session, request: &mut [u8], reply: &mut [u8]) -> u32 {
+    let (sender, replies) = mpsc::channel();
+    let buffer = GuestBuffer::from_slice(reply);
+    let served = session.serve(&GuestBuffer::from_slice(request), &buffer, &LaterReply(sender));
+    match served {
+        Served::Done(len) => len,
+        Served::Later => {
+            let later = replies.recv_timeout(PATIENCE).expect("a reply that was to come");
+            buffer.write_at(0, &later).unwrap();
+            later.len() as u32
+        }
     }
 }
 
@@ -100,10 +146,7 @@ impl Guest {
         ));
         let server = session.clone();
         Self {
-            door: Box::new(move |request, reply| {
-                let reply = GuestBuffer::from_slice(reply);
-                server.serve(&GuestBuffer::from_slice(request), &reply)
-            }),
+            door: Box::new(move |request, reply| serve(&server, request, reply)),
             directory,
             share,
             window,
@@ -130,7 +173,8 @@ impl Guest {
         self.call(Opcode::Init, 0, &[body.as_slice(), more.as_slice()])
     }
 
-    /// Sends a request of any opcode and bytes, as they are, and checks the form of the reply.
+    /// Sends a request of any opcode and bytes, as they are, and checks the form of the reply. Waits for one
+    /// that comes later.
     pub(crate) fn send(&self, request: &mut [u8], unique: u64) -> Option<Answer> {
         let mut bytes = vec![UNTOUCHED; self.room];
         let used = (self.door)(request, &mut bytes);
@@ -139,13 +183,7 @@ impl Guest {
             assert!(rest.iter().all(|byte| *byte == UNTOUCHED));
             return None;
         }
-        let mut header = OutHeader::default();
-        header.as_mut_slice().copy_from_slice(&written[..16]);
-        assert_eq!(header.len, used, "used length and out.len differ");
-        assert_eq!(header.unique, unique, "unique is not echoed");
-        assert!((-511..=0).contains(&header.error));
-        assert!(header.error == 0 || used == 16, "an error has a body");
-        Some(Answer { error: -header.error, body: written[16..].to_vec() })
+        Some(Answer::check(written, unique))
     }
 
     pub(crate) fn frame(&self, opcode: u32, nodeid: u64, parts: &[&[u8]]) -> Vec<u8> {

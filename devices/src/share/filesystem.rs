@@ -5,13 +5,15 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::AtFlags;
 
-use super::{DaxPolicy, Share};
+use super::{DaxPolicy, LockPolicy, Share};
 use crate::dax::Policy;
 use crate::fuse::abi::{
-    AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, IoctlIn, Kstatfs, LseekIn,
-    OPEN_KILL_SUIDGID, OpenOut, ReadIn, SetattrIn, StatxOut, WriteIn,
+    AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, FileLock, FlushIn, IoctlIn, Kstatfs,
+    LkIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
 };
-use crate::fuse::{Caller, DirectorySink, FileSystem, Payload, Preferences, Result, XattrReply};
+use crate::fuse::{
+    Caller, DirectorySink, FileSystem, LockReply, Payload, Preferences, Result, Wait, XattrReply,
+};
 
 impl FileSystem for Share {
     fn preferences(&self) -> Preferences {
@@ -26,6 +28,7 @@ impl FileSystem for Share {
             readdirplus: true,
             acl: self.options.acl,
             groups: self.switch_identity,
+            locks: self.options.locks == LockPolicy::Host,
         }
     }
 
@@ -35,6 +38,8 @@ impl FileSystem for Share {
 
     fn clear(&self) {
         self.handles.clear();
+        // After the handles: a request that finds one of them from now on sets no lock any more.
+        self.locks.clear();
         self.inodes.clear();
         if let Some(mapped) = &self.mapped {
             mapped.clear();
@@ -46,10 +51,11 @@ impl FileSystem for Share {
     }
 
     fn forget(&self, nodeid: u64, count: u64) {
-        self.inodes.forget(nodeid, count);
-        if let Some(mapped) = &self.mapped
-            && self.inodes.get(nodeid).is_err()
-        {
+        if !self.inodes.forget(nodeid, count) {
+            return;
+        }
+        self.locks.forget(nodeid);
+        if let Some(mapped) = &self.mapped {
             mapped.forgotten(nodeid);
         }
     }
@@ -135,16 +141,31 @@ impl FileSystem for Share {
         self.write_file(caller, request, source)
     }
 
-    fn flush(&self, caller: Caller, fh: u64) -> Result<()> {
-        self.flush_file(caller, fh)
+    fn flush(&self, caller: Caller, request: &FlushIn) -> Result<()> {
+        // The locks first: they go, whatever the host has to say about the data.
+        self.drop_locks(caller, request)?;
+        self.flush_file(caller, request.fh)
     }
 
-    fn release(&self, caller: Caller, fh: u64) -> Result<()> {
-        self.handles.close(caller.nodeid, fh, |handle| handle.file().is_ok())?;
+    fn release(&self, caller: Caller, request: &ReleaseIn) -> Result<()> {
+        self.release_file(caller, request)?;
         if let Some(mapped) = &self.mapped {
             mapped.closed(caller.nodeid);
         }
         Ok(())
+    }
+
+    fn get_lock(&self, caller: Caller, request: &LkIn) -> Result<FileLock> {
+        self.test_lock(caller, request)
+    }
+
+    fn set_lock(
+        &self,
+        caller: Caller,
+        request: &LkIn,
+        wait: Option<Wait<'_>>,
+    ) -> Result<LockReply> {
+        self.lock_file(caller, request, wait)
     }
 
     fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {

@@ -181,20 +181,20 @@ impl Inodes {
     }
 
     /// Gives `count` lookups back. The root stays; a count that is too large is one that is exact; a node
-    /// that is not there is nothing.
-    pub(super) fn forget(&self, nodeid: u64, count: u64) {
+    /// that is not there is nothing. Says whether the node is gone now.
+    pub(super) fn forget(&self, nodeid: u64, count: u64) -> bool {
         if nodeid == ROOT_ID {
-            return;
+            return false;
         }
         let removed = {
             let mut state = self.write();
             let Ok(inode) = state.table.get(nodeid) else {
-                return;
+                return false;
             };
             let left = inode.lookups.load(Relaxed).saturating_sub(count);
             inode.lookups.store(left, Relaxed);
             if left > 0 {
-                return;
+                return false;
             }
             let key = inode.key;
             state.by_key.remove(&key);
@@ -202,6 +202,7 @@ impl Inodes {
         };
         // Closes the descriptor, outside the lock.
         drop(removed);
+        true
     }
 
     /// Forgets everything but the root.

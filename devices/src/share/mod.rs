@@ -28,6 +28,7 @@ mod host;
 mod identity;
 mod ids;
 mod inode;
+mod locks;
 mod namespace;
 mod options;
 mod pseudo;
@@ -42,12 +43,15 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
 pub use ids::{
     GidMap, GuestGid, GuestUid, HostGid, HostUid, Id, IdMap, IdMapError, IdRange, OVERFLOW, UidMap,
 };
-pub use options::{CachePolicy, DaxPolicy, DirectPolicy, Options, Timeouts, XattrPolicy};
+pub use options::{
+    CachePolicy, DaxPolicy, DirectPolicy, LockLimits, LockPolicy, Options, Timeouts, XattrPolicy,
+};
 
 use crate::dax::Policy;
 use handle::Handles;
 use host::Host;
 use inode::Inodes;
+use locks::Locks;
 
 /// A host directory as a file system.
 ///
@@ -63,6 +67,7 @@ pub struct Share {
     handles: Handles,
     /// Of the files that can be mapped, which are. `None`: all.
     mapped: Option<Policy>,
+    locks: Locks,
     switch_identity: bool,
     /// The ids of the process.
     own: (HostUid, HostGid),
@@ -106,6 +111,7 @@ impl Share {
                 (DaxPolicy::Inode, Some(window)) => Some(Policy::new(window, !options.direct_io())),
                 _ => None,
             },
+            locks: Locks::new(options.locks, options.lock_limits())?,
             host,
             options,
         })
@@ -124,6 +130,11 @@ impl Share {
     /// How many files and directories the guest has open.
     pub fn live_handles(&self) -> usize {
         self.handles.live()
+    }
+
+    /// How many owners of POSIX locks there are, each with a file descriptor.
+    pub fn live_lock_owners(&self) -> usize {
+        self.locks.owners()
     }
 }
 

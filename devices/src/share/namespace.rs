@@ -203,7 +203,9 @@ impl Share {
                 let kill = request.fuse_flags & OPEN_KILL_SUIDGID != 0;
                 self.open_existing(&entry, request.flags, kill)
                     .map(|open| (entry, open))
-                    .inspect_err(|_| self.inodes.forget(entry.nodeid, 1))
+                    .inspect_err(|_| {
+                        self.inodes.forget(entry.nodeid, 1);
+                    })
             }
             Err(errno) => Err(errno),
         }
@@ -244,9 +246,9 @@ impl Share {
     /// name: that may be another file's by now.
     fn created(&self, fd: OwnedFd, flags: OFlags) -> Result<(EntryOut, OpenOut)> {
         let entry = self.entry(None, self.host.reopen(&fd, OFlags::PATH)?)?;
-        self.add_open_file(entry.nodeid, fd, flags)
-            .map(|open| (entry, open))
-            .inspect_err(|_| self.inodes.forget(entry.nodeid, 1))
+        self.add_open_file(entry.nodeid, fd, flags).map(|open| (entry, open)).inspect_err(|_| {
+            self.inodes.forget(entry.nodeid, 1);
+        })
     }
 
     /// Opens a regular file that the guest knows.

@@ -72,6 +72,45 @@ pub enum DirectPolicy {
     Host,
 }
 
+/// Whom the guest's locks (fcntl(2), flock(2)) concern.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockPolicy {
+    /// Everybody who uses the host's files: they are locks of the host.
+    #[default]
+    Host,
+    /// The guest alone, which keeps them itself.
+    Guest,
+}
+
+/// How much of what carries locks a guest may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockLimits {
+    /// Owners of POSIX locks, counted once for each file they have locked and not closed since. Each holds a
+    /// file descriptor.
+    pub owners: usize,
+    /// Locked ranges. Each is memory of the host's kernel, which goes through all of a file's for each lock.
+    pub records: usize,
+    /// Requests that wait for a lock. Each has a thread.
+    pub waiters: usize,
+}
+
+impl LockLimits {
+    /// More than any program we know of needs; with all of them on one file, each further lock there takes the
+    /// host a millisecond.
+    const RECORDS: usize = 1 << 16;
+    /// A waiting thread takes some 30 KiB: its stack in the kernel, what it uses of its own, a timer.
+    const WAITERS: usize = 1 << 10;
+
+    /// So many owners, at most as many as there are records, and the usual number of all else.
+    pub fn with_owners(owners: usize) -> Self {
+        Self {
+            owners: owners.clamp(1, Self::RECORDS),
+            records: Self::RECORDS,
+            waiters: Self::WAITERS,
+        }
+    }
+}
+
 /// The options of a share.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -116,6 +155,11 @@ pub struct Options {
     /// Whether files are made with the user and group id of the guest's process. By default when the
     /// process may take on ids; without, whoever makes a file in the guest, it is this process's.
     pub switch_identity: Option<bool>,
+    /// Whom the guest's locks concern.
+    pub locks: LockPolicy,
+    /// How many locks the guest may have. By default owners for a sixteenth of what the process may open, 65536
+    /// ranges, and 1024 that wait.
+    pub max_locks: Option<LockLimits>,
     /// The most nodes the guest may know at a time. Each holds a file descriptor. By default half of what
     /// the process may open (`RLIMIT_NOFILE`) when the share is made.
     pub max_inodes: Option<usize>,
@@ -148,6 +192,8 @@ impl Options {
             submounts: true,
             device_nodes: false,
             switch_identity: None,
+            locks: LockPolicy::default(),
+            max_locks: None,
             max_inodes: None,
             max_handles: None,
         }
@@ -200,6 +246,13 @@ impl Options {
             CachePolicy::Auto => FOPEN_CACHE_DIR,
             CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
         }
+    }
+
+    pub(super) fn lock_limits(&self) -> LockLimits {
+        self.max_locks.unwrap_or_else(|| {
+            let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+            LockLimits::with_owners(usize::try_from(files / 16).unwrap_or(usize::MAX))
+        })
     }
 
     /// The most nodes and the most handles.

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use devices::share::{CachePolicy, DaxPolicy, DirectPolicy, Options, XattrPolicy};
+use devices::share::{CachePolicy, DaxPolicy, DirectPolicy, LockPolicy, Options, XattrPolicy};
 use integration::Door;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -17,7 +17,8 @@ Usage: share-on-fuse [-o OPTION,…] HOST_DIR MOUNT_POINT [-- COMMAND [ARG…]]
 Serves HOST_DIR at MOUNT_POINT, as root, by the code that serves a guest. With COMMAND, until that ends, and exits
 with its status; otherwise until SIGTERM, SIGINT, SIGHUP or an unmount. Exits with 70 when the server has failed.
 
-Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, dev, direct=host, inodes=N, handles=N";
+Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, dev, direct=host,
+         locks=host|guest, inodes=N, handles=N";
 
 /// `EX_SOFTWARE` of sysexits.h.
 const SOFTWARE: u8 = 70;
@@ -136,6 +137,8 @@ fn parse(mut options: Options, text: &str) -> Result<Options> {
             ("cache", "metadata") => options.cache = CachePolicy::Metadata,
             ("cache", "auto") => options.cache = CachePolicy::Auto,
             ("cache", "always") => options.cache = CachePolicy::Always,
+            ("locks", "host") => options.locks = LockPolicy::Host,
+            ("locks", "guest") => options.locks = LockPolicy::Guest,
             ("inodes", number) => options.max_inodes = Some(number.parse().context("inodes=")?),
             ("handles", number) => options.max_handles = Some(number.parse().context("handles=")?),
             _ => bail!("{option:?} is no option\n\n{USAGE}"),

@@ -56,6 +56,9 @@ pub struct RunArgs {
     ///
     /// dev: the guest may make device nodes, which are the host's devices to those who open them there.
     ///
+    /// locks=host|guest: whether the guest's locks on files (fcntl, flock) hold against the host's processes and
+    /// other sandboxes (the default), or among the guest's own processes only.
+    ///
     /// dax=never|inode|always: which files are mapped straight from the host's page cache: none, those that
     /// the host picks (the default), or all.
     ///

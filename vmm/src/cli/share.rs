@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use devices::share::{CachePolicy, DirectPolicy, IdRange, XattrPolicy};
+use devices::share::{CachePolicy, DirectPolicy, IdRange, LockPolicy, XattrPolicy};
 use oriel_init::protocol::Dax;
 
 use super::values::{duration, size_in_units};
@@ -44,6 +44,8 @@ pub struct ShareOptions {
     pub uid_map: Vec<IdRange>,
     /// Groups of the guest and of the host.
     pub gid_map: Vec<IdRange>,
+    /// Whom the guest's locks concern.
+    pub locks: LockPolicy,
     /// Which files the guest maps.
     pub dax: Dax,
     /// What a guest's O_DIRECT does on the host.
@@ -75,6 +77,7 @@ impl ShareOptions {
             acl: false,
             uid_map: Vec::new(),
             gid_map: Vec::new(),
+            locks: LockPolicy::default(),
             dax: Dax::Inode,
             direct: DirectPolicy::default(),
             window: WINDOW_DEFAULT,
@@ -104,6 +107,7 @@ impl ShareOptions {
                 ("entry-timeout", _) => options.entry_timeout = time()?,
                 ("attr-timeout", _) => options.attr_timeout = time()?,
                 ("negative-timeout", _) => options.negative_timeout = time()?,
+                ("locks", whose) => options.locks = parse_locks(whose)?,
                 ("dax", mode) => options.dax = parse_dax(mode)?,
                 ("direct", "buffered") => options.direct = DirectPolicy::Buffered,
                 ("direct", "host") => options.direct = DirectPolicy::Host,
@@ -119,7 +123,8 @@ impl ShareOptions {
                     return Err(format!(
                         "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
                          tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
-                         gid-map=, dax=, direct=, window=, window-max=, prefault= or queues="
+                         gid-map=, locks=, dax=, direct=, window=, window-max=, prefault= or \
+                         queues="
                     ));
                 }
             }
@@ -224,6 +229,14 @@ fn parse_range(text: &str) -> Result<IdRange, String> {
     }
 }
 
+fn parse_locks(whose: &str) -> Result<LockPolicy, String> {
+    match whose {
+        "host" => Ok(LockPolicy::Host),
+        "guest" => Ok(LockPolicy::Guest),
+        _ => Err(format!("locks={whose:?} is nobody's; write locks=host or locks=guest")),
+    }
+}
+
 fn parse_dax(mode: &str) -> Result<Dax, String> {
     match mode {
         "never" => Ok(Dax::Never),
@@ -321,9 +334,15 @@ mod tests {
             window: 4 << 20,
             window_max: 4 << 20,
             queues: Some(2),
+            locks: LockPolicy::Guest,
             ..options("")
         };
-        assert_eq!(options("ro,tag=t,cache=never,dax=always,window=4M,queues=2"), expected);
+        let text = "ro,tag=t,cache=never,dax=always,window=4M,queues=2,locks=guest";
+        assert_eq!(options(text), expected);
+        assert_eq!(
+            (options("").locks, options("locks=host").locks),
+            (LockPolicy::Host, LockPolicy::Host)
+        );
         assert_eq!(options("dax=never").window, 0);
         assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
         assert_eq!(options("dax=never,direct=host").direct, DirectPolicy::Host);
@@ -385,6 +404,8 @@ mod tests {
             ("a:/b:cache=some", "cache"),
             ("a:/b:dax=on", "DAX"),
             ("a:/b:prefault=always", "prefault"),
+            ("a:/b:locks", "locks=host"),
+            ("a:/b:locks=none", "locks=guest"),
             ("a:/b:entry-timeout=1", "entry-timeout"),
             ("a:/b:attr-timeout=", "attr-timeout"),
             ("a:/b:negative-timeout=-1s", "negative-timeout"),

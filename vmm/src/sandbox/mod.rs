@@ -20,7 +20,7 @@ use std::sync::mpsc::channel;
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
-use devices::share::{self, DaxPolicy, Share, XattrPolicy};
+use devices::share::{self, DaxPolicy, LockLimits, Share, XattrPolicy};
 use devices::virtio::fs;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -148,14 +148,15 @@ pub fn run(args: &RunArgs) -> Result<u8> {
 struct FileLimits {
     inodes: usize,
     handles: usize,
+    lock_owners: usize,
 }
 
 impl FileLimits {
     /// A node costs more than its descriptor: the host's kernel keeps the file in memory for it.
     const MOST_INODES: usize = 1 << 20;
 
-    /// Half of what the process may open for the nodes of `shares` shares, a quarter for their handles; the
-    /// rest is for windows and for the process itself.
+    /// Half of what the process may open for the nodes of `shares` shares, a quarter for their handles, a
+    /// sixteenth for those who have locks on them; the rest is for windows and for the process itself.
     fn for_each_of(shares: usize) -> Self {
         let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let files = files.map_or(usize::MAX, |files| usize::try_from(files).unwrap_or(usize::MAX));
@@ -163,6 +164,7 @@ impl FileLimits {
         Self {
             inodes: (each / 2).min(Self::MOST_INODES),
             handles: (each / 4).min(Self::MOST_INODES),
+            lock_owners: each / 16,
         }
     }
 }
@@ -202,6 +204,8 @@ fn served(
     served.writeback = options.writeback;
     served.device_nodes = options.device_nodes;
     served.direct = options.direct;
+    served.locks = options.locks;
+    served.max_locks = Some(LockLimits::with_owners(limits.lock_owners));
     served.dax = match options.dax {
         Dax::Never => DaxPolicy::Never,
         Dax::Inode => DaxPolicy::Inode,

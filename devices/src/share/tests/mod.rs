@@ -7,6 +7,7 @@ mod directories;
 mod escapes;
 mod files;
 mod identity;
+mod locks;
 mod mappings;
 mod names;
 mod read_only;
@@ -15,7 +16,7 @@ mod xattrs;
 
 use crate::fuse::abi::*;
 use crate::fuse::opcode::Opcode;
-use crate::fuse::testing::{Answer, Guest};
+use crate::fuse::testing::{Answer, EVERYTHING, Guest};
 use crate::share::testing::Mounted;
 use vm_memory::ByteValued;
 

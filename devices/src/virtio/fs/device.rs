@@ -23,7 +23,7 @@ const DEVICE_ID: u16 = 26;
 pub(super) const QUEUE_SIZE: u16 = 1024;
 
 /// Queues before the request queues (5.11.2): the high priority queue.
-const HIPRIO_QUEUES: u16 = 1;
+pub(super) const HIPRIO_QUEUES: u16 = 1;
 
 /// `shmid` of the DAX window (5.11.4, `VIRTIO_FS_SHMCAP_ID_CACHE`).
 const WINDOW_ID: u8 = 0;

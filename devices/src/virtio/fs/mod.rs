@@ -7,6 +7,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+use crate::fuse::{Deferral, Served};
 use crate::memory::GuestBuffer;
 
 pub use config::{Config, ConfigError, VIRTIO_FS_F_WINDOW_GROWS};
@@ -14,19 +15,38 @@ pub use device::{FsDevice, Window};
 
 /// What answers the requests. Knows nothing of virtio.
 pub trait Server: Send + Sync {
-    /// Serves one request: reads a FUSE request, writes the reply, and says how many bytes it wrote; 0 for
-    /// a request that has no reply. Called by one thread per queue, several at a time. May block for as
-    /// long as the host's files do.
-    fn serve(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32;
+    /// Serves one request of a request queue: reads a FUSE request, writes the reply, and says how many bytes
+    /// it wrote; 0 for a request that has no reply. One that has to wait for what only another request can
+    /// bring, such as a lock, takes a completion from `deferral` instead. Called from any thread, several at
+    /// a time. May block for as long as the host's files do.
+    fn serve(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: &dyn Deferral,
+    ) -> Served;
 
-    /// Forgets the session: the driver has reset the device. No request is being served. Idempotent.
+    /// Serves one request of the high priority queue (5.11.6.2). Must not wait for other requests.
+    fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32;
+
+    /// Forgets the session: the driver has reset the device. No request is being served. Those that were to
+    /// be answered later are not any more: their completions have no effect. Idempotent.
     fn reset(&self);
 }
 
 /// What a device usually stands in front of: one FUSE session.
 impl Server for crate::fuse::Session {
-    fn serve(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
-        self.serve(request, reply)
+    fn serve(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: &dyn Deferral,
+    ) -> Served {
+        self.serve(request, reply, deferral)
+    }
+
+    fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
+        self.serve_urgent(request, reply)
     }
 
     fn reset(&self) {

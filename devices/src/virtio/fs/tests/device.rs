@@ -26,7 +26,16 @@ struct Echo {
 }
 
 impl Server for Echo {
-    fn serve(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
+    fn serve(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        _deferral: &dyn Deferral,
+    ) -> Served {
+        Served::Done(self.serve_urgent(request, reply))
+    }
+
+    fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
         let mut bytes = vec![0; request.len()];
         request.read_at(0, &mut bytes).unwrap();
         self.served.fetch_add(1, Ordering::SeqCst);

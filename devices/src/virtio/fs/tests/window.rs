@@ -11,7 +11,11 @@ use crate::virtio::testing::*;
 struct Nothing;
 
 impl Server for Nothing {
-    fn serve(&self, _: &GuestBuffer<'_>, _: &GuestBuffer<'_>) -> u32 {
+    fn serve(&self, _: &GuestBuffer<'_>, _: &GuestBuffer<'_>, _: &dyn Deferral) -> Served {
+        Served::Done(0)
+    }
+
+    fn serve_urgent(&self, _: &GuestBuffer<'_>, _: &GuestBuffer<'_>) -> u32 {
         0
     }
 
