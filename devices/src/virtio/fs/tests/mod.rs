@@ -4,5 +4,6 @@ mod device;
 mod direct;
 mod frames;
 mod identity;
+mod locks;
 mod queue;
 mod window;
