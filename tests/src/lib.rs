@@ -13,11 +13,13 @@
 mod bench;
 pub mod door;
 mod guest;
+mod locker;
 mod run;
 mod tree;
 
 pub use bench::{Bench, kvm_counter};
 pub use door::Door;
 pub use guest::{busybox, vmlinux, vmlinuz};
+pub use locker::Locker;
 pub use run::{Oriel, Outcome, Running, text};
 pub use tree::{Random, Tree, copy_executable, noise, sha256};

@@ -8,6 +8,7 @@
 
 mod caching;
 mod identity;
+mod locks;
 mod readme;
 mod smoke;
 

@@ -5,6 +5,7 @@
 
 mod bench;
 mod files;
+mod locks;
 mod map;
 
 use std::process::ExitCode;
@@ -14,13 +15,14 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["files", directory] => files::everything(directory.as_ref()),
+        ["lock", file] => locks::serve(file.as_ref()),
         ["locks", directory] => files::locks(directory.as_ref()),
         ["read-only", directory] => files::refused(directory.as_ref()),
         ["map", file] => map::serve(file.as_ref()),
         ["bench", ref files @ ..] => bench::serve(files),
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|locks|read-only|map|bench|noise …, not {words:?}"
+            "guest-probe files|lock|locks|read-only|map|bench|noise …, not {words:?}"
         )),
     };
     match result {
