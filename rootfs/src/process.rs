@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use oriel_init::protocol::{FromHost, Process};
@@ -32,6 +32,14 @@ const NOT_FOUND: u8 = 127;
 /// How long a command with a terminal waits for the terminal's size: a program that asks for it at its start
 /// should see the true one, and a host without one sends none.
 const FIRST_SIZE: Duration = Duration::from_millis(300);
+
+/// How long is waited for processes that were killed. There is one kind that does not end: whoever waits for a
+/// lock of the host's, because the kernel's driver does not tell the host of signals.
+const LAST_BREATH: Duration = Duration::from_secs(2);
+
+/// How long is waited for the rest of the output when such a process has it open, in which case there is no
+/// end to read.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 const COPY_BUFFER: usize = 64 * 1024;
 
@@ -168,6 +176,7 @@ pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Po
         groups,
     );
 
+    let mut patience = None;
     let child = command.spawn();
     // It holds the command's ends of the pipes, which shall be closed when the command closes them.
     drop(command);
@@ -177,11 +186,14 @@ pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Po
                 i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
             control.started(leader);
             let status = reap_until(control, leader);
-            kill_rest();
+            if !kill_rest() {
+                log("a process cannot be ended; it may be waiting for a lock");
+                patience = Some(LAST_WORDS);
+            }
             status?
         }
         Err(cause) => {
-            streams.finish()?;
+            streams.finish(None)?;
             let status =
                 if cause.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE };
             // The program is there: what is missing is the interpreter that it names.
@@ -194,7 +206,7 @@ pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Po
             return refuse(status, &reason);
         }
     };
-    streams.finish()?;
+    streams.finish(patience)?;
     Ok(status)
 }
 
@@ -224,16 +236,24 @@ fn reap_until(control: &Control, leader: Pid) -> Result<u8> {
     }
 }
 
-/// Ends whatever the command has left running: it would hold the pipes open, and the guest ends anyway.
-fn kill_rest() {
+/// Ends whatever the command has left running: it would hold the pipes open, and the guest ends anyway. Says
+/// whether all are gone.
+fn kill_rest() -> bool {
     if let Err(error) = sys::kill_all()
         && error.raw_os_error() != Some(libc::ESRCH)
     {
         log(&format!("cannot kill the processes left: {error}"));
     }
-    while let Ok(Some(_)) =
-        rustix::io::retry_on_intr(|| rustix::process::wait(WaitOptions::empty()))
-    {}
+    let start = Instant::now();
+    loop {
+        match rustix::io::retry_on_intr(|| rustix::process::wait(WaitOptions::NOHANG)) {
+            Ok(Some(_)) => {}
+            Ok(None) if start.elapsed() > LAST_BREATH => return false,
+            Ok(None) => thread::sleep(Duration::from_millis(1)),
+            // There is none left.
+            Err(_) => return true,
+        }
+    }
 }
 
 /// The threads that carry the command's output to the host.
@@ -284,9 +304,19 @@ impl Streams {
         Ok(Self(vec![carry("screen", host.try_clone()?, ports.stdout)?]))
     }
 
-    /// Waits until all output is in the ports. Nobody may hold the other ends any more.
-    fn finish(self) -> Result<()> {
+    /// Waits until all output is in the ports. Somebody may hold the other ends only with a `patience`: that is
+    /// how long is waited then.
+    fn finish(self, patience: Option<Duration>) -> Result<()> {
+        let start = Instant::now();
         for thread in self.0 {
+            if let Some(patience) = patience {
+                while !thread.is_finished() && start.elapsed() < patience {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                if !thread.is_finished() {
+                    continue;
+                }
+            }
             match thread.join() {
                 Ok(result) => result.context("cannot send the command's output")?,
                 Err(_) => bail!("a thread for the command's output has panicked"),
