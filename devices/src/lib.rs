@@ -12,7 +12,7 @@
 //! - [`share`]: the **share** (a host directory served safely; knows no virtio);
 //! - [`bus`], [`pci`]: how the guest reaches a device;
 //! - [`virtio`]: queues and transport, and the devices: [`virtio::fs`], which joins all of the above,
-//!   [`virtio::console`] and [`virtio::vsock`];
+//!   [`virtio::console`], [`virtio::vsock`] and [`virtio::rng`];
 //! - [`serial`], [`power`]: the two legacy devices a guest needs.
 
 pub mod bus;

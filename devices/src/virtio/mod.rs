@@ -7,6 +7,7 @@
 pub mod console;
 pub mod fs;
 pub mod queue;
+pub mod rng;
 pub mod transport;
 pub mod vsock;
 
