@@ -2,3 +2,4 @@
 
 pub mod initramfs;
 pub mod protocol;
+pub mod vsock;

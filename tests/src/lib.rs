@@ -16,6 +16,7 @@ mod guest;
 mod locker;
 mod run;
 mod tree;
+pub mod vsock;
 
 pub use bench::{Bench, kvm_counter};
 pub use door::Door;

@@ -17,6 +17,7 @@ mod memory;
 mod mistakes;
 mod roots;
 mod shares;
+mod vsock;
 mod windows;
 
 /// The program that runs in guests.

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::UsageError;
 use super::share::{RootArg, ShareArg};
-use super::values::{ConsoleTarget, InitrdSource};
+use super::values::{ConsoleTarget, InitrdSource, VsockArg};
 use crate::machine::memory::MemoryConfig;
 use crate::{control, sandbox};
 
@@ -151,6 +151,15 @@ pub struct RunArgs {
     /// Words to add to the kernel's command line
     #[arg(long, default_value = "", value_name = "WORDS", allow_hyphen_values = true)]
     pub cmdline: String,
+
+    /// Connect sockets of the host and of the guest's address family vsock: PATH[,cid=N]
+    ///
+    /// A program of the host connects to the Unix socket PATH, writes `CONNECT PORT` and a line end, and reads
+    /// a line that begins with OK once a program of the guest has taken the stream; when none listens there,
+    /// the connection is closed. What the guest connects to port P of the host (context id 2) arrives at the
+    /// Unix socket PATH_P. The guest's own context id is N, 3 by default.
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<VsockArg>,
 
     /// Where the kernel's console goes: none, stdout, stderr or a file
     ///

@@ -4,13 +4,18 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use devices::virtio::vsock;
+
 use crate::machine::memory::{Backend, HugePage, MemoryConfig};
+use crate::socket::PATH_MAX;
 
 /// Window sizes and RAM sizes are multiples of this: the guest maps files 2 MiB at a time, and huge pages
 /// are as large.
 pub const SIZE_UNIT: u64 = 2 << 20;
 /// Less than this holds no kernel.
 const MEMORY_MIN: u64 = 64 << 20;
+/// What the path of a port's socket has more than that of the device: `_` and the largest port.
+const LONGEST_PORT: usize = "_4294967295".len();
 /// A year: longer than any guest runs, and far from where a kernel's clock would overflow.
 const DURATION_MAX: Duration = Duration::from_secs(365 * 86400);
 
@@ -138,9 +143,67 @@ impl FromStr for InitrdSource {
     }
 }
 
+/// The value of `--vsock`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockArg {
+    /// Where programs of the host connect, and with `_PORT` behind it where they listen.
+    pub path: PathBuf,
+    /// The guest's address.
+    pub config: vsock::Config,
+}
+
+impl FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, options) = text.split_once(',').unwrap_or((text, ""));
+        if path.is_empty() {
+            return Err("write PATH[,cid=N]".into());
+        }
+        if path.len() + LONGEST_PORT > PATH_MAX {
+            return Err(format!(
+                "{path:?} is too long for sockets beside it; name one of {} bytes or less",
+                PATH_MAX - LONGEST_PORT
+            ));
+        }
+        let cid = match options.split_once('=') {
+            None if options.is_empty() => vsock::config::MIN_GUEST_CID,
+            Some(("cid", cid)) => cid.parse().map_err(|_| format!("{cid:?} is no context id"))?,
+            _ => return Err(format!("{options:?} is no option of a vsock; write cid=N")),
+        };
+        let config = vsock::Config::new(cid).map_err(|error| error.to_string())?;
+        Ok(Self { path: path.into(), config })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vsock_is_a_path_and_a_context_id() {
+        let parse = |text: &str| text.parse::<VsockArg>();
+        let arg = parse("/run/x.sock").unwrap();
+        assert_eq!((arg.path, arg.config.guest_cid()), ("/run/x.sock".into(), 3));
+        assert_eq!(parse("x,cid=77").unwrap().config.guest_cid(), 77);
+        let long = "x".repeat(97);
+        assert!(parse(&long[1..]).is_ok());
+        for (text, hint) in [
+            ("", "PATH"),
+            (",cid=3", "PATH"),
+            (&long, "96 bytes"),
+            ("x,cid=2", "reserved"),
+            ("x,cid=4294967295", "reserved"),
+            ("x,cid=-3", "-3"),
+            ("x,port=3", "cid="),
+            ("x,", ""),
+        ] {
+            match parse(text) {
+                Err(error) => assert!(error.contains(hint), "{error}"),
+                Ok(_) => assert_eq!(text, "x,"),
+            }
+        }
+    }
 
     #[test]
     fn memory_is_a_size_and_a_backend() {

@@ -1,8 +1,10 @@
 //! The machine: memory, interrupts, CPUs and buses, put together and run.
 //!
 //! [`Machine::new`] makes an empty one, [`Machine::add_fs`] adds a virtio-fs device for each share,
-//! [`Machine::add_console`] the ports that a command's streams go through, and [`Machine::start`] loads a kernel and lets the vCPUs go. All that the guest can touch is in the `devices`
-//! crate; here is what only KVM can give it.
+//! [`Machine::add_console`] the ports that a command's streams go through, [`Machine::add_vsock`] sockets
+//! between guest and host, [`Machine::add_rng`] a source of random bytes, and [`Machine::start`] loads a kernel
+//! and lets the vCPUs go. All that the guest can touch is in the `devices` crate; here is what only KVM can
+//! give it.
 
 mod acpi;
 mod cpuid;
@@ -27,6 +29,8 @@ use devices::power::{self, Power, PowerRequest};
 use devices::serial::{self, SerialPort};
 use devices::virtio::console::ConsoleDevice;
 use devices::virtio::fs::{self, FsDevice, Server};
+use devices::virtio::rng::RngDevice;
+use devices::virtio::vsock::VsockDevice;
 use devices::virtio::{VirtioDevice, VirtioPci};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
@@ -145,6 +149,25 @@ impl Machine {
     /// When the PCI bus has no room, or the host refuses.
     pub fn add_console(&mut self, device: Arc<ConsoleDevice>) -> Result<()> {
         self.add_device(device).context("virtio-console device")
+    }
+
+    /// Adds a socket device. Who gave it keeps it, to wait for the last data.
+    ///
+    /// # Errors
+    ///
+    /// When the PCI bus has no room, or the host refuses.
+    pub fn add_vsock(&mut self, device: Arc<VsockDevice>) -> Result<()> {
+        self.add_device(device).context("virtio-vsock device")
+    }
+
+    /// Adds an entropy device.
+    ///
+    /// # Errors
+    ///
+    /// When the PCI bus has no room, or the host refuses.
+    pub fn add_rng(&mut self) -> Result<()> {
+        let device = RngDevice::new().context("virtio-rng device")?;
+        self.add_device(Arc::new(device)).context("virtio-rng device")
     }
 
     fn add_device(&self, device: Arc<dyn VirtioDevice>) -> Result<()> {

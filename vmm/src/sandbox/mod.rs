@@ -22,6 +22,7 @@ use devices::dax::{DaxWindow, Window};
 use devices::fuse::Session;
 use devices::share::{self, DaxPolicy, LockLimits, Share, XattrPolicy};
 use devices::virtio::fs;
+use devices::virtio::vsock::VsockDevice;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -35,6 +36,7 @@ use self::supervisor::{Outcome, Progress, Signals, Supervisor};
 use crate::cli::{ConsoleTarget, RunArgs, UsageError, UserNamespace};
 use crate::control::server::ControlSocket;
 use crate::machine::{Machine, MachineConfig, StopReason};
+use crate::socket::ListeningSocket;
 use crate::{control, host, kernel};
 
 /// What the main thread waits for.
@@ -77,6 +79,9 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     }
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let kvm = host::open_kvm()?;
+    let vsock = args.vsock.as_ref().map(|vsock| &vsock.path);
+    let vsock_socket =
+        vsock.map(|path| ListeningSocket::new(path).context("--vsock")).transpose()?;
     host::raise_open_file_limit();
 
     let progress = Progress::start();
@@ -106,6 +111,17 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     // A foreign init knows nothing of our ports: it has COM1 alone.
     let foreign = args.initrd.is_some();
     let link = if foreign { None } else { Some(Link::new(&mut machine, &notifier)?) };
+    let vsock = match (&args.vsock, &vsock_socket) {
+        (Some(vsock), Some(socket)) => {
+            let listener = socket.listener().try_clone().context("--vsock")?;
+            let device = VsockDevice::new(vsock.config, listener, &vsock.path);
+            let device = Arc::new(device.context("virtio-vsock device")?);
+            machine.add_vsock(device.clone())?;
+            Some(device)
+        }
+        _ => None,
+    };
+    machine.add_rng()?;
     // File modes are the guest's to choose; it has applied its own umask already. What this process makes for
     // itself (caches, logs) was made before, with the user's umask.
     rustix::process::umask(rustix::fs::Mode::empty());
@@ -127,6 +143,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         notifier,
         signals: Signals::new()?,
         link,
+        vsock,
         progress,
         outcome: Outcome::default(),
         terminal: args.tty,

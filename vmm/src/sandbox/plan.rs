@@ -113,13 +113,15 @@ fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Resul
         );
     }
     let overlay = args.root.as_ref().is_some_and(|root| root.options.overlay);
+    // What nothing here needs is not loaded: each costs the guest time.
+    let needed = |module: &String| {
+        overlay && module.starts_with("overlay")
+            || args.vsock.is_some() && module.contains("vsock")
+            || module.starts_with("virtio_rng")
+    };
     let modules = match &kernel.modules {
-        // What nothing here needs is not loaded: each costs the guest time.
-        Some(directory) if overlay => initramfs::load_order(directory)?
-            .into_iter()
-            .filter(|module| module.starts_with("overlay"))
-            .collect(),
-        _ => Vec::new(),
+        Some(directory) => initramfs::load_order(directory)?.into_iter().filter(needed).collect(),
+        None => Vec::new(),
     };
     let config = config(args, shares, modules);
     let contents = initramfs::Contents {

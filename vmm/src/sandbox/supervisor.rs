@@ -7,6 +7,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use devices::virtio::vsock::VsockDevice;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use indicatif::{ProgressBar, ProgressStyle};
 use oriel_init::protocol::{FromGuest, FromHost};
@@ -25,6 +26,10 @@ const PROGRESS_AFTER: Duration = Duration::from_secs(2);
 /// As many times within so long must the user ask a command to end before it is ended with its sandbox.
 const PATIENCE: u32 = 3;
 const PATIENCE_LASTS: Duration = Duration::from_secs(10);
+/// How long host programs may take to read the last data that the guest has sent over vsock. Nobody has to read
+/// there at all.
+const LAST_DATA: Duration = Duration::from_secs(1);
+
 /// What is known of how the sandbox ended.
 #[derive(Default)]
 pub struct Outcome {
@@ -109,6 +114,8 @@ pub struct Supervisor {
     pub signals: Signals,
     /// When `oriel-init` is at its other end.
     pub link: Option<Link>,
+    /// The sockets between guest and host.
+    pub vsock: Option<Arc<VsockDevice>>,
     /// Shown until the command starts.
     pub progress: Progress,
     /// What is known so far.
@@ -160,9 +167,12 @@ impl Supervisor {
         if std::mem::replace(&mut self.draining, true) {
             return;
         }
-        let (console, notifier) =
-            (self.link.as_ref().map(|link| link.console.clone()), self.notifier.clone());
+        let console = self.link.as_ref().map(|link| link.console.clone());
+        let (vsock, notifier) = (self.vsock.clone(), self.notifier.clone());
         let drain = move || {
+            if let Some(vsock) = vsock {
+                vsock.finish(LAST_DATA);
+            }
             if let Some(console) = console {
                 console.finish();
             }

@@ -1,5 +1,5 @@
 //! What the tests run inside guests, where there is no other program: file operations that a shell does not
-//! have, and memory-mapped files.
+//! have, memory-mapped files, and sockets.
 //!
 //! It prints `name=value` lines. What fails is printed as the error.
 
@@ -7,6 +7,7 @@ mod bench;
 mod files;
 mod locks;
 mod map;
+mod vsock;
 
 use std::process::ExitCode;
 
@@ -21,8 +22,10 @@ fn main() -> ExitCode {
         ["map", file] => map::serve(file.as_ref()),
         ["bench", ref files @ ..] => bench::serve(files),
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
+        ["vsock"] => vsock::serve(),
+        ["vsock-pipe", port] => vsock::pipe(port),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|lock|locks|read-only|map|bench|noise …, not {words:?}"
+            "guest-probe files|lock|locks|read-only|map|bench|noise|vsock|vsock-pipe …, not {words:?}"
         )),
     };
     match result {

@@ -1,0 +1,179 @@
+//! Unix sockets that this process listens on, and their names in the file system.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+
+/// Longest path of a socket in bytes (`sun_path` of `linux/un.h`, with its end).
+pub const PATH_MAX: usize = 107;
+
+/// Most clients that have connected and were not taken yet. The host's kernel cuts it to what it allows.
+const BACKLOG: i32 = 4096;
+
+/// A socket that only this user can connect to. Dropping it takes its name out of the file system.
+#[derive(Debug)]
+pub struct ListeningSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode number of the name.
+    identity: (u64, u64),
+}
+
+impl ListeningSocket {
+    /// Listens at `path`. What a process left there that was killed is replaced, if it is a socket.
+    ///
+    /// # Errors
+    ///
+    /// When something else is there, or somebody listens there; the host's errors.
+    pub fn new(path: &Path) -> Result<Self> {
+        let name = path.display();
+        let address = SocketAddrUnix::new(path).with_context(|| {
+            format!("{name}: a socket's path has at most {PATH_MAX} bytes; name a shorter one")
+        })?;
+        let socket = socket(SocketFlags::empty())?;
+        // Before it has a name, so that it never is anybody else's.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR).context("socket")?;
+        let bound = match bind(&socket, &address) {
+            Err(Errno::ADDRINUSE) => {
+                remove_left_over(path)?;
+                bind(&socket, &address)
+            }
+            bound => bound,
+        };
+        bound.with_context(|| format!("{name} cannot be made"))?;
+        let made = fs::symlink_metadata(path).with_context(|| format!("{name} is gone"))?;
+        let listening = Self {
+            listener: socket.into(),
+            path: path.to_owned(),
+            identity: (made.dev(), made.ino()),
+        };
+        listen(&listening.listener, BACKLOG).with_context(|| format!("{name}"))?;
+        Ok(listening)
+    }
+
+    /// The socket.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for ListeningSocket {
+    fn drop(&mut self) {
+        // Somebody may have put something else there meanwhile.
+        let own = fs::symlink_metadata(&self.path)
+            .is_ok_and(|there| (there.dev(), there.ino()) == self.identity);
+        if own && let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("{} stays: {error}", self.path.display());
+        }
+    }
+}
+
+fn socket(flags: SocketFlags) -> Result<OwnedFd> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).context("socket")
+}
+
+/// Removes a socket on which nobody listens.
+fn remove_left_over(path: &Path) -> Result<()> {
+    let name = path.display();
+    let there =
+        fs::symlink_metadata(path).with_context(|| format!("{name} cannot be looked at"))?;
+    if !there.file_type().is_socket() {
+        bail!("{name} is there and is no socket; name another path, or remove it");
+    }
+    // Does not wait for whoever listens there.
+    let probe = socket(SocketFlags::NONBLOCK)?;
+    match connect(&probe, &SocketAddrUnix::new(path)?) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => {}
+        // Also one whose clients queue up.
+        Ok(()) | Err(Errno::AGAIN) => {
+            bail!("{name}: somebody listens there already; name another path")
+        }
+        Err(error) => return Err(error).with_context(|| format!("{name} cannot be looked at")),
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{name} stays"))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_the_users_alone_and_goes_with_its_process() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let socket = ListeningSocket::new(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let client = UnixStream::connect(&path).unwrap();
+        socket.listener().accept().unwrap();
+        drop((socket, client));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let _socket = ListeningSocket::new(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_socket_in_use_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _socket = ListeningSocket::new(&path).unwrap();
+        let error = ListeningSocket::new(&path).unwrap_err();
+        assert!(error.to_string().contains("somebody listens"), "{error:#}");
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_socket_is_never_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        fs::write(&file, "mine").unwrap();
+        let link = directory.path().join("link");
+        let stale = directory.path().join("stale");
+        drop(UnixListener::bind(&stale).unwrap());
+        symlink(&stale, &link).unwrap();
+        for path in [&file, &link, &directory.path().to_owned()] {
+            let error = ListeningSocket::new(path).unwrap_err();
+            assert!(error.to_string().contains("no socket"), "{error:#}");
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"mine");
+        assert!(stale.exists() && link.is_symlink());
+        // Nor at the end, when somebody has put it there.
+        let path = directory.path().join("socket");
+        let socket = ListeningSocket::new(&path).unwrap();
+        fs::rename(&file, &path).unwrap();
+        drop(socket);
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_path_that_no_socket_can_have_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let long = directory.path().join("x".repeat(PATH_MAX));
+        assert!(ListeningSocket::new(&long).unwrap_err().to_string().contains("at most"));
+        assert!(ListeningSocket::new(&directory.path().join("absent/socket")).is_err());
+    }
+}
