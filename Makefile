@@ -52,7 +52,7 @@ door: tools ## the tests of a share on /dev/fuse: here as root, else in the emul
 	$(in_fuse) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test door
 
 suites-quick: tools ## a small part of what `make suites` runs, on /dev/fuse
-	tests/suite --quick pjdfstest fsx fio git tar
+	tests/suite --quick pjdfstest fsx fio git tar sqlite
 
 suites: build kernel ## pjdfstest, stress-ng, fsx, fio, sqlite, git, tar, apt, find; on /dev/fuse and in guests: hours
 	tests/suite all
