@@ -45,8 +45,10 @@ lint: tools ## formatting, clippy, the scripts' syntax
 	for script in $(scripts); do bash -n "$$script" || exit 1; done
 	if command -v shellcheck >/dev/null; then shellcheck -S warning -x $(scripts); fi
 
+# Those of a share once more as on a host without file handles.
 unit: tools ## the tests that need no virtual machine
 	cargo test -j$(jobs) -p devices -p oriel -p oriel-init
+	ORIEL_TEST_BY_NAME=1 cargo test -j$(jobs) -p devices share::
 
 door: tools ## the tests of a share on /dev/fuse: here as root, else in the emulated machine
 	$(in_fuse) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test door

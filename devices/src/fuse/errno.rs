@@ -30,6 +30,7 @@ errnos! {
     INTR = EINTR,
     IO = EIO,
     ISDIR = EISDIR,
+    LOOP = ELOOP,
     MFILE = EMFILE,
     NAMETOOLONG = ENAMETOOLONG,
     NFILE = ENFILE,
@@ -48,6 +49,7 @@ errnos! {
     ROFS = EROFS,
     STALE = ESTALE,
     TOOBIG = E2BIG,
+    XDEV = EXDEV,
 }
 
 impl Errno {

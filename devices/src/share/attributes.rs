@@ -1,70 +1,39 @@
 //! Attributes: what a file says of itself, and SETATTR.
 
-use std::collections::HashMap;
-use std::io::Read;
 use std::os::fd::AsFd;
-use std::sync::{PoisonError, RwLock};
 
 use rustix::fs::{
     AtFlags, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmodat,
-    chownat, fstatfs, ftruncate, openat, utimensat,
+    chownat, ftruncate, utimensat,
 };
 
 use super::identity::WithoutFsetid;
 use super::ids::{GuestGid, GuestUid, HostGid, HostUid};
 use super::inode::Inode;
+use super::mount::Mount;
 use super::{DaxPolicy, ITSELF, Share, host};
-use crate::fuse::abi::{
-    self, ATTR_DAX, Attr, AttrOut, ROOT_ID, SetattrIn, SetattrValid, StatxOut, SxTime,
-};
+use crate::fuse::abi::{self, ATTR_DAX, Attr, AttrOut, SetattrIn, SetattrValid, StatxOut, SxTime};
 use crate::fuse::{Caller, Errno, Result};
-
-/// `OVERLAYFS_SUPER_MAGIC` of linux/magic.h.
-const OVERLAYFS: u32 = 0x794c_7630;
-
-/// Which mounts are of overlayfs, by device and mount: asked of the host once for each, not at every LOOKUP.
-/// Mounts are the same for all shares of the process.
-static OVERLAYS: RwLock<Option<HashMap<MountKey, bool>>> = RwLock::new(None);
-
-type MountKey = (u32, u32, u64);
-
-/// So many mounts are remembered; then it starts anew. Far more than a host has in a shared directory.
-const MOST_MOUNTS: usize = 4096;
-
-/// Whether a file is on overlayfs.
-pub(super) fn is_on_overlay(file: impl AsFd) -> bool {
-    fstatfs(file).is_ok_and(|stat| stat.f_type as u32 == OVERLAYFS)
-}
-
-/// Whether a mount is of overlayfs, from the text of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): the
-/// first field is the number of the mount, the one after the lone hyphen is the type.
-pub(super) fn is_overlay_in(mountinfo: &str, mount: u64) -> bool {
-    mountinfo.lines().any(|line| {
-        let mut fields = line.split(' ');
-        fields.next().and_then(|number| number.parse().ok()) == Some(mount)
-            && fields.skip_while(|field| *field != "-").nth(1) == Some("overlay")
-    })
-}
 
 impl Share {
     /// Whether a node is to be mapped through the window: the one place that says so, so that LOOKUP,
     /// GETATTR, SETATTR, READDIRPLUS and CREATE say the same. (A guest drops what it knows of a file when
     /// the answer changes.)
-    fn is_dax(&self, nodeid: u64, stat: &Statx) -> bool {
-        let decided = self.mapped.as_ref().is_none_or(|mapped| mapped.is_mapped(nodeid));
-        decided && self.can_be_dax(stat)
+    fn is_dax(&self, inode: &Inode, stat: &Statx) -> bool {
+        let decided = self.mapped.as_ref().is_none_or(|mapped| mapped.is_mapped(inode.nodeid));
+        decided && self.can_be_dax(&inode.identity.mount, stat)
     }
 
     /// A node was looked up: decides anew whether it is to be mapped, unless the guest has it open.
-    pub(super) fn decide_dax(&self, nodeid: u64, stat: &Statx) {
+    pub(super) fn decide_dax(&self, inode: &Inode, stat: &Statx) {
         if let Some(mapped) = &self.mapped
-            && self.can_be_dax(stat)
+            && self.can_be_dax(&inode.identity.mount, stat)
         {
-            mapped.look_up(nodeid, stat.stx_size);
+            mapped.look_up(inode.nodeid, stat.stx_size);
         }
     }
 
-    fn can_be_dax(&self, stat: &Statx) -> bool {
+    fn can_be_dax(&self, mount: &Mount, stat: &Statx) -> bool {
         let mode = u32::from(stat.stx_mode);
         if mode & libc::S_IFMT != libc::S_IFREG {
             return false;
@@ -78,54 +47,12 @@ impl Share {
             // On overlayfs the first write to a file of a lower layer, also by a process of the host,
             // replaces it by a copy of the same device and inode number, and what is mapped goes on to show
             // the old one.
-            DaxPolicy::Inode => {
-                mode & (libc::S_ISUID | libc::S_ISGID) == 0 && !self.is_on_overlay_mount(stat)
-            }
+            DaxPolicy::Inode => mode & (libc::S_ISUID | libc::S_ISGID) == 0 && !mount.overlay,
         }
-    }
-
-    fn is_on_overlay_mount(&self, stat: &Statx) -> bool {
-        let key = (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_mnt_id);
-        let known = OVERLAYS.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(answer) = known.as_ref().and_then(|mounts| mounts.get(&key)) {
-            return *answer;
-        }
-        drop(known);
-        let answer = self.ask_for_overlay(stat.stx_mnt_id);
-        let mut known = OVERLAYS.write().unwrap_or_else(PoisonError::into_inner);
-        let mounts = known.get_or_insert_default();
-        if mounts.len() >= MOST_MOUNTS {
-            mounts.clear();
-        }
-        mounts.insert(key, answer);
-        answer
-    }
-
-    /// Asks the host: the mount of the share's root by the root, others by their number. Attributes do not
-    /// come with a descriptor.
-    fn ask_for_overlay(&self, mount: u64) -> bool {
-        let Ok(root) = self.inodes.get(ROOT_ID) else {
-            return false;
-        };
-        let Ok(root) = self.file(&root) else {
-            return false;
-        };
-        if host::stat(&root).is_ok_and(|root| root.stx_mnt_id == mount) {
-            return is_on_overlay(&root);
-        }
-        // Through /proc/self/fd, which may be the only way to /proc.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let mountinfo = self
-            .host
-            .by_path(&root, |proc_fd, _| openat(proc_fd, c"../mountinfo", flags, Mode::empty()));
-        let mut text = Vec::new();
-        let read =
-            mountinfo.is_ok_and(|file| std::fs::File::from(file).read_to_end(&mut text).is_ok());
-        read && is_overlay_in(&String::from_utf8_lossy(&text), mount)
     }
 
     /// The attributes as FUSE has them. `flags` is what comes on top of [`ATTR_DAX`].
-    pub(super) fn attr(&self, nodeid: u64, stat: &Statx, flags: u32) -> Attr {
+    pub(super) fn attr(&self, inode: &Inode, stat: &Statx, flags: u32) -> Attr {
         let mode = u32::from(stat.stx_mode);
         Attr {
             ino: stat.stx_ino,
@@ -144,17 +71,17 @@ impl Share {
             gid: self.options.gids.to_guest(HostGid(stat.stx_gid)).0,
             rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
             blksize: stat.stx_blksize,
-            flags: flags | if self.is_dax(nodeid, stat) { ATTR_DAX } else { 0 },
+            flags: flags | if self.is_dax(inode, stat) { ATTR_DAX } else { 0 },
         }
     }
 
-    fn attr_out(&self, nodeid: u64, file: impl AsFd) -> Result<AttrOut> {
+    fn attr_out(&self, inode: &Inode, file: impl AsFd) -> Result<AttrOut> {
         let timeout = self.options.timeouts().attributes;
         Ok(AttrOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
-            attr: self.attr(nodeid, &host::stat(file)?, 0),
+            attr: self.attr(inode, &host::stat(file)?, 0),
         })
     }
 
@@ -168,7 +95,8 @@ impl Share {
     }
 
     pub(super) fn get_attributes(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
-        self.attr_out(caller.nodeid, self.file(&self.node(caller, fh)?)?)
+        let inode = self.node(caller, fh)?;
+        self.attr_out(&inode, self.file(&inode)?)
     }
 
     /// STATX: attributes and the birth time, of these what is `wanted` and what the host has. Mounts have
@@ -189,7 +117,7 @@ impl Share {
         // place for ATTR_DAX, for those of a file without DAX: it then drops the file, and what is mapped of
         // it, at every close (`fuse_do_statx`, fs/fuse/dir.c; `fuse_dax_dontcache`, fs/fuse/dax.c). It knows
         // the type, and tells its caller so whatever is said here.
-        if self.is_dax(caller.nodeid, &stat) {
+        if self.is_dax(&inode, &stat) {
             mask &= !libc::STATX_TYPE;
         }
         Ok(StatxOut {
@@ -274,7 +202,7 @@ impl Share {
                 utimensat(proc_fd, path, &times, AtFlags::empty())
             })?;
         }
-        self.attr_out(caller.nodeid, file)
+        self.attr_out(&inode, file)
     }
 
     fn truncate(&self, file: impl AsFd, size: u64) -> Result<()> {

@@ -2,11 +2,12 @@
 
 use std::ffi::CString;
 use std::mem::MaybeUninit;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use rustix::fs::{FileType, RawDir, SeekFrom, seek};
 
 use super::Share;
+use super::budget::{Budget, Permit};
 use crate::fuse::{Caller, DirectorySink, Errno, Listing, Result};
 
 /// The most that is read of a directory at a time, in bytes, on the stack.
@@ -42,6 +43,8 @@ pub(super) struct Position {
     recent: Vec<Entry>,
     /// How many of them are in the last reply; the others wait for the next.
     sent: usize,
+    /// For what `recent` takes.
+    permit: Option<Permit>,
 }
 
 impl Position {
@@ -66,6 +69,20 @@ impl Position {
         }
         self.sent = self.sent.saturating_sub(count);
     }
+
+    /// The request ends: pays for what is kept until the next, out of `buffers`. Where there is not enough,
+    /// nothing is kept and the descriptor will be sought.
+    fn settle(&mut self, buffers: &Arc<Budget>) {
+        /// What an allocation costs beside its bytes, about.
+        const ALLOCATION: usize = 24;
+        self.recent.shrink_to_fit();
+        let of = |entry: &Entry| size_of::<Entry>() + ALLOCATION + entry.name.count_bytes();
+        self.permit = None;
+        match buffers.take(self.recent.iter().map(of).sum()) {
+            Ok(permit) => self.permit = Some(permit),
+            Err(_) => *self = Self::default(),
+        }
+    }
 }
 
 impl Share {
@@ -81,6 +98,7 @@ impl Share {
         sink: &mut dyn DirectorySink,
     ) -> Result<()> {
         let inode = self.directory(caller.nodeid)?;
+        let _buffer = self.buffers.take(sink.room())?;
         let handle = self.handles.get(caller.nodeid, fh)?;
         let directory = handle.directory()?;
         let mut guard = directory.position.lock().unwrap_or_else(PoisonError::into_inner);
@@ -169,6 +187,7 @@ impl Share {
             let sent = position.sent;
             position.drop_first(sent);
         }
+        position.settle(&self.buffers);
         Ok(())
     }
 }

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek};
+use rustix::fs::{
+    FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek, syncfs,
+};
 
-use super::attributes::is_on_overlay;
 use super::identity::WithoutFsetid;
-use super::inode::Held;
+use super::reach::Held;
 use super::{Share, sys};
 use crate::fuse::abi::{
     CopyFileRangeIn, FallocateIn, Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE,
@@ -165,15 +166,24 @@ impl Share {
         Ok(sync(handle.as_fd())?)
     }
 
-    /// SYNCFS, of the file system that the node is on. On a read-only share nothing of the guest's can be
-    /// waiting.
+    /// SYNCFS, of the file system that the node is on: the guest asks for each that it has mounted. If it is
+    /// not told of mounts below the directory, it asks once, and all that it knows nodes of are meant. On a
+    /// read-only share nothing of the guest's can be waiting.
     pub(super) fn sync_file_system(&self, caller: Caller) -> Result<()> {
         let inode = self.inodes.get(caller.nodeid)?;
         if self.options.read_only {
             return Ok(());
         }
         inode.check_openable()?;
-        Ok(rustix::fs::syncfs(self.host.reopen(self.file(&inode)?, OFlags::RDONLY)?)?)
+        if self.options.submounts {
+            return Ok(syncfs(self.host.reopen(self.file(&inode)?, OFlags::RDONLY)?)?);
+        }
+        // One that fails does not keep the others from being synced.
+        let mut result = Ok(());
+        for file in self.file_systems() {
+            result = result.and(syncfs(file));
+        }
+        Ok(result?)
     }
 
     pub(super) fn file_system(&self, caller: Caller) -> Result<Kstatfs> {
@@ -305,7 +315,7 @@ impl Share {
             return self.host.reopen(&found, OFlags::RDWR);
         }
         if !self.options.read_only
-            && is_on_overlay(&found)
+            && inode.identity.mount.overlay
             && let Ok(file) = self.host.reopen(&found, OFlags::RDWR)
         {
             return Ok(file);

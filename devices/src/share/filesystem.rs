@@ -41,6 +41,7 @@ impl FileSystem for Share {
         // After the handles: a request that finds one of them from now on sets no lock any more.
         self.locks.clear();
         self.inodes.clear();
+        self.directories.clear();
         if let Some(mapped) = &self.mapped {
             mapped.clear();
         }
@@ -51,13 +52,7 @@ impl FileSystem for Share {
     }
 
     fn forget(&self, nodeid: u64, count: u64) {
-        if !self.inodes.forget(nodeid, count) {
-            return;
-        }
-        self.locks.forget(nodeid);
-        if let Some(mapped) = &self.mapped {
-            mapped.forgotten(nodeid);
-        }
+        self.give_back(nodeid, count);
     }
 
     fn getattr(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {

@@ -1,11 +1,13 @@
 //! What the guest has open, by file handle.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::budget::{Budget, Permit};
 use super::direct::Direct;
 use super::directory::Position;
-use super::table::Table;
+use super::table::{Numbered, Table};
 use crate::fuse::{Errno, Result};
 
 /// An open regular file.
@@ -33,6 +35,13 @@ pub(super) struct Handle {
     nodeid: u64,
     fh: u64,
     kind: Kind,
+    _permit: Permit,
+}
+
+impl Numbered for Handle {
+    fn number(&self) -> &u64 {
+        &self.fh
+    }
 }
 
 impl Handle {
@@ -70,31 +79,50 @@ impl AsFd for Handle {
     }
 }
 
+struct State {
+    table: Table<Handle>,
+    /// Node and handle.
+    by_node: BTreeSet<(u64, u64)>,
+}
+
 /// All of them.
 pub(super) struct Handles {
-    table: RwLock<Table<Handle>>,
+    state: RwLock<State>,
+    descriptors: Arc<Budget>,
 }
 
 impl Handles {
-    pub(super) fn new(most: usize) -> Self {
-        Self { table: RwLock::new(Table::new(most)) }
+    /// A table for at most `most`, each of which takes one of `descriptors`.
+    pub(super) fn new(most: usize, descriptors: Arc<Budget>) -> Self {
+        let state = State { table: Table::new(most), by_node: BTreeSet::new() };
+        Self { state: RwLock::new(state), descriptors }
     }
 
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, Table<Handle>> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Table<Handle>> {
-        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn live(&self) -> usize {
-        self.read().live()
+        self.read().table.live()
     }
 
     fn insert(&self, nodeid: u64, kind: Kind) -> Result<u64> {
-        let handle = self.write().insert(|fh| Handle { nodeid, fh, kind })?;
+        let permit = self.descriptors.take(1)?;
+        let mut state = self.write();
+        let handle = state.table.insert(|fh| Handle { nodeid, fh, kind, _permit: permit })?;
+        state.by_node.insert((nodeid, handle.fh));
         Ok(handle.fh())
+    }
+
+    /// Any handle of a node.
+    pub(super) fn of_node(&self, nodeid: u64) -> Option<Arc<Handle>> {
+        let state = self.read();
+        let (_, fh) = *state.by_node.range((nodeid, 0)..=(nodeid, u64::MAX)).next()?;
+        state.table.get(fh).ok().cloned()
     }
 
     /// # Errors
@@ -118,7 +146,7 @@ impl Handles {
     ///
     /// `EBADF` when there is none, or it is of another node.
     pub(super) fn get(&self, nodeid: u64, fh: u64) -> Result<Arc<Handle>> {
-        match self.read().get(fh) {
+        match self.read().table.get(fh) {
             Ok(handle) if handle.nodeid == nodeid => Ok(handle.clone()),
             _ => Err(Errno::BADF),
         }
@@ -136,12 +164,13 @@ impl Handles {
         is: impl FnOnce(&Handle) -> bool,
     ) -> Result<()> {
         let closed = {
-            let mut table = self.write();
-            match table.get(fh) {
+            let mut state = self.write();
+            match state.table.get(fh) {
                 Ok(handle) if handle.nodeid == nodeid && is(handle) => {}
                 _ => return Err(Errno::BADF),
             }
-            table.remove(fh)
+            state.by_node.remove(&(nodeid, fh));
+            state.table.remove(fh)
         };
         drop(closed);
         Ok(())
@@ -149,7 +178,11 @@ impl Handles {
 
     /// Closes all.
     pub(super) fn clear(&self) {
-        let closed = self.write().drain(|_| false);
+        let closed = {
+            let mut state = self.write();
+            state.by_node.clear();
+            state.table.drain(|_| false)
+        };
         drop(closed);
     }
 }

@@ -1,6 +1,6 @@
 //! The few ways in which host files are found and opened. There are no others in the share.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
@@ -9,7 +9,7 @@ use rustix::fs::{
 use rustix::path::DecInt;
 
 use super::ITSELF;
-use crate::fuse::Result;
+use crate::fuse::{Errno, Result};
 
 /// How a name is resolved: to an entry of the directory, or not at all. The decoder lets only single
 /// components through; this is the second wall.
@@ -25,9 +25,14 @@ pub(super) struct Host {
     proc_fd: OwnedFd,
 }
 
+/// `STATX_MNT_ID_UNIQUE` of linux/stat.h (Linux 6.8): `stx_mnt_id` is then a number that no other mount ever
+/// gets. Older kernels give the one that is used again after an unmount.
+const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
 /// Attributes, birth time and mount of the file behind a descriptor.
 pub(super) fn stat(fd: impl AsFd) -> Result<Statx> {
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+    let mask =
+        StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID.union(MNT_ID_UNIQUE);
     Ok(statx(fd, c"", ITSELF, mask)?)
 }
 
@@ -46,6 +51,18 @@ fn open_beneath(directory: impl AsFd, name: &CStr, flags: OFlags, mode: Mode) ->
 /// Finds `name` in `directory`: an `O_PATH` descriptor of the entry itself, be it a symlink or a device.
 pub(super) fn find(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     open_beneath(directory, name, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
+}
+
+/// Finds a file by the names that lead to it from `directory`: like [`find`], at each step.
+pub(super) fn find_path(directory: impl AsFd, names: &[u8]) -> Result<OwnedFd> {
+    let path = CString::new(names).map_err(|_| Errno::INVAL)?;
+    find(directory, &path)
+}
+
+/// Opens the directory `name` in `directory` for reading.
+pub(super) fn open_directory(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    open_beneath(directory, name, flags, Mode::empty())
 }
 
 /// Makes the regular file `name` in `directory` and opens it; never opens one that is there.
@@ -91,7 +108,7 @@ impl Host {
         fd: impl AsFd,
         operation: impl FnOnce(&OwnedFd, &CStr) -> rustix::io::Result<T>,
     ) -> Result<T> {
-        Ok(operation(&self.proc_fd, DecInt::from_fd(fd).as_c_str())?)
+        Ok(operation(&self.proc_fd, DecInt::from_fd(&fd).as_c_str())?)
     }
 
     /// Gives the file behind `fd` another name.

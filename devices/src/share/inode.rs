@@ -1,61 +1,162 @@
 //! The files that the guest knows, by node id.
+//!
+//! A node holds no descriptor. It is an [`Identity`], by which the same file is found to be the same node,
+//! and by which [`Share::file`](super::Share::file) gets at the file when there is something to do with it.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::borrow::Borrow;
+use std::collections::{HashMap, HashSet};
+use std::ffi::CStr;
+use std::hash::{Hash, Hasher};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use rustix::fs::Statx;
+use rustix::fs::{Statx, StatxFlags};
 
-use super::Share;
-use super::table::Table;
+use super::budget::Permit;
+use super::file_handle::FileHandle;
+use super::mount::{Mount, Place};
+use super::table::{Numbered, Table, shrink};
 use crate::fuse::abi::ROOT_ID;
 use crate::fuse::{Errno, Result};
+use crate::sync::lock;
 
-/// Which file it is, on the host. The number of the mount is part of it: the same directory, mounted in two
-/// places, is two nodes, because the guest has to see each of them in its own place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Key {
-    dev: (u32, u32),
-    ino: u64,
-    mount: u64,
+/// Which file it is, on the host. The mount is part of it: the same directory, mounted in two places, is two
+/// nodes, because the guest has to see each of them in its own place.
+#[derive(Debug)]
+pub(super) struct Identity {
+    pub(super) mount: Arc<Mount>,
+    pub(super) file: Which,
 }
 
-impl Key {
-    pub(super) fn of(attributes: &Statx) -> Self {
+/// Which file of a mount.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) enum Which {
+    /// The one with that handle.
+    Handle(FileHandle),
+    /// The one that looks like that, where there are no handles.
+    Named(Box<Named>),
+}
+
+/// What tells a file from all others without a handle, and the name under which it is reached.
+#[derive(Debug)]
+pub(super) struct Named {
+    dev: (u32, u32),
+    ino: u64,
+    /// So that another file with a number that is used again is another file: seconds and nanoseconds, where
+    /// there is a birth time that never changes.
+    birth: Option<(i64, u32)>,
+    /// Where it was found last. None when it has no name that is known.
+    place: Mutex<Option<Place>>,
+}
+
+impl Named {
+    fn of(stat: &Statx, mount: &Mount) -> Self {
+        // On overlayfs a file is born again when it is copied up.
+        let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0 && !mount.overlay;
         Self {
-            dev: (attributes.stx_dev_major, attributes.stx_dev_minor),
-            ino: attributes.stx_ino,
-            mount: attributes.stx_mnt_id,
+            dev: (stat.stx_dev_major, stat.stx_dev_minor),
+            ino: stat.stx_ino,
+            birth: has_birth.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)),
+            place: Mutex::new(None),
         }
     }
 
-    /// Whether the two are on different mounts.
-    pub(super) fn crosses_mount(&self, other: &Key) -> bool {
-        self.dev != other.dev || self.mount != other.mount
+    fn key(&self) -> impl Hash + Eq + use<> {
+        (self.dev, self.ino, self.birth)
+    }
+
+    pub(super) fn place(&self) -> Option<Place> {
+        lock(&self.place).clone()
+    }
+
+    /// It has just been found there.
+    pub(super) fn found_at(&self, parent: u64, name: &CStr) {
+        let mut place = lock(&self.place);
+        if !place.as_ref().is_some_and(|place| place.is(parent, name)) {
+            *place = Some(Place::new(parent, name));
+        }
+    }
+
+    /// It is no longer there.
+    pub(super) fn gone_from(&self, parent: u64, name: &CStr) {
+        let mut place = lock(&self.place);
+        if place.as_ref().is_some_and(|place| place.is(parent, name)) {
+            *place = None;
+        }
     }
 }
 
-/// A file the guest knows.
+impl PartialEq for Named {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Named {}
+
+impl Hash for Named {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
+}
+
+impl Identity {
+    /// That of the file behind a descriptor, whose attributes are `stat`.
+    pub(super) fn of(mount: Arc<Mount>, fd: impl std::os::fd::AsFd, stat: &Statx) -> Self {
+        let handle = mount.has_handles().then(|| FileHandle::of(fd));
+        let file = match handle {
+            Some(Ok(handle)) => Which::Handle(handle),
+            _ => Which::Named(Box::new(Named::of(stat, &mount))),
+        };
+        Self { mount, file }
+    }
+
+    pub(super) fn named(&self) -> Option<&Named> {
+        match &self.file {
+            Which::Named(named) => Some(named),
+            Which::Handle(_) => None,
+        }
+    }
+
+    /// Whether a file of these attributes is the one, as far as can be told without a handle.
+    pub(super) fn looks_like(&self, stat: &Statx) -> bool {
+        self.mount.has(stat)
+            && self.named().is_some_and(|named| *named == Named::of(stat, &self.mount))
+    }
+}
+
+impl PartialEq for Identity {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.mount, &other.mount) && self.file == other.file
+    }
+}
+
+impl Eq for Identity {}
+
+impl Hash for Identity {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.mount).hash(state);
+        self.file.hash(state);
+    }
+}
+
+/// A file the guest knows. There may be a million of them: see that it stays small.
+#[derive(Debug)]
 pub(super) struct Inode {
-    /// Holds the file, so its inode number is not used again while it is in the table.
-    fd: OwnedFd,
     pub(super) nodeid: u64,
-    pub(super) key: Key,
-    /// `S_IFMT` part of the mode, which never changes.
-    pub(super) kind: u32,
-    /// In a file system that is an interface of the host's kernel (see [`super::pseudo`]): it is there to be
-    /// seen, and nothing can be done with it.
-    pub(super) closed: bool,
     /// How many lookups the guest has to give back. Raised under at least the read lock of the table,
     /// lowered under its write lock.
     lookups: AtomicU64,
+    pub(super) identity: Identity,
+    /// `S_IFMT` part of the mode, which never changes.
+    pub(super) kind: u32,
 }
 
 impl Inode {
     /// `EACCES` for what is an interface of the host's kernel.
     pub(super) fn check_open_to_guests(&self) -> Result<()> {
-        if self.closed { Err(Errno::ACCES) } else { Ok(()) }
+        if self.identity.mount.closed { Err(Errno::ACCES) } else { Ok(()) }
     }
 
     /// `EACCES` for what is neither a regular file nor a directory: nothing else is ever opened.
@@ -81,31 +182,46 @@ impl Inode {
     }
 }
 
-/// The file of a node, for the length of one operation. A descriptor that may be `O_PATH` and may be one
-/// the guest has open: good for what takes "the file behind a descriptor", not for I/O.
-pub(super) struct Held(Arc<Inode>);
-
-impl AsFd for Held {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.fd.as_fd()
+impl Numbered for Inode {
+    fn number(&self) -> &u64 {
+        &self.nodeid
     }
 }
 
-impl Share {
-    /// The file of a node.
-    ///
-    /// # Errors
-    ///
-    /// `ESTALE` when the host no longer has it.
-    pub(super) fn file(&self, inode: &Arc<Inode>) -> Result<Held> {
-        Ok(Held(inode.clone()))
+/// Stands in a set under its identity, which is not stored a second time.
+#[derive(Debug)]
+struct ByIdentity(Arc<Inode>);
+
+impl Borrow<Identity> for ByIdentity {
+    fn borrow(&self) -> &Identity {
+        &self.0.identity
+    }
+}
+
+impl PartialEq for ByIdentity {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.identity == other.0.identity
+    }
+}
+
+impl Eq for ByIdentity {}
+
+impl Hash for ByIdentity {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.identity.hash(state);
     }
 }
 
 struct State {
     table: Table<Inode>,
-    by_key: HashMap<Key, u64>,
+    by_identity: HashSet<ByIdentity>,
+    /// Files that are held open, because nothing else leads to them: those whose last name the guest took
+    /// away while it knew them, and may be using. By node id.
+    kept: HashMap<u64, Kept>,
 }
+
+/// A file that is held open, and the leave to do so.
+type Kept = (Arc<OwnedFd>, Permit);
 
 /// All of them.
 pub(super) struct Inodes {
@@ -114,11 +230,15 @@ pub(super) struct Inodes {
 
 impl Inodes {
     /// A table that has only the root.
-    pub(super) fn new(root: OwnedFd, attributes: &Statx, most: usize) -> Self {
-        let inodes =
-            Self { state: RwLock::new(State { table: Table::new(most), by_key: HashMap::new() }) };
+    pub(super) fn new(root: Identity, most: usize) -> Self {
+        let state = State {
+            table: Table::new(most.max(1)),
+            by_identity: HashSet::new(),
+            kept: HashMap::new(),
+        };
+        let inodes = Self { state: RwLock::new(state) };
         // Cannot fail: the table is empty and has room for at least one. Being the first, it is node 1.
-        let _ = inodes.remember(root, attributes, false);
+        let _ = inodes.remember(root, libc::S_IFDIR);
         inodes
     }
 
@@ -143,45 +263,43 @@ impl Inodes {
         self.read().table.get(nodeid).cloned()
     }
 
-    /// Counts a lookup of the file behind `fd` and returns its node, new or known. `fd` is an `O_PATH`
-    /// descriptor; `attributes` are its own. `closed` is [`Inode::closed`] of a new node.
+    /// The node of a file, if the guest knows it.
+    pub(super) fn known(&self, identity: &Identity) -> Option<Arc<Inode>> {
+        self.read().known(identity).cloned()
+    }
+
+    /// Counts a lookup of a file and returns its node, new or known. `kind` is the `S_IFMT` part of its mode.
     ///
     /// # Errors
     ///
     /// `ENFILE` when there are too many nodes.
-    pub(super) fn remember(
-        &self,
-        fd: OwnedFd,
-        attributes: &Statx,
-        closed: bool,
-    ) -> Result<Arc<Inode>> {
-        let key = Key::of(attributes);
+    pub(super) fn remember(&self, identity: Identity, kind: u32) -> Result<Arc<Inode>> {
         {
             let state = self.read();
-            if let Some(inode) = state.known(&key) {
+            if let Some(inode) = state.known(&identity) {
                 inode.count_lookup();
                 return Ok(inode.clone());
             }
         }
         let mut state = self.write();
-        if let Some(inode) = state.known(&key) {
+        if let Some(inode) = state.known(&identity) {
             inode.count_lookup();
             return Ok(inode.clone());
         }
         let inode = state.table.insert(|nodeid| Inode {
-            fd,
             nodeid,
-            key,
-            kind: u32::from(attributes.stx_mode) & libc::S_IFMT,
-            closed,
             lookups: AtomicU64::new(1),
+            identity,
+            kind,
         })?;
-        state.by_key.insert(key, inode.nodeid);
+        state.by_identity.insert(ByIdentity(inode.clone()));
         Ok(inode)
     }
 
     /// Gives `count` lookups back. The root stays; a count that is too large is one that is exact; a node
-    /// that is not there is nothing. Says whether the node is gone now.
+    /// that is not there is nothing.
+    ///
+    /// True if the node is gone now.
     pub(super) fn forget(&self, nodeid: u64, count: u64) -> bool {
         if nodeid == ROOT_ID {
             return false;
@@ -196,11 +314,9 @@ impl Inodes {
             if left > 0 {
                 return false;
             }
-            let key = inode.key;
-            state.by_key.remove(&key);
-            state.table.remove(nodeid)
+            state.remove(nodeid)
         };
-        // Closes the descriptor, outside the lock.
+        // Closes the descriptor of one that was kept, outside the lock.
         drop(removed);
         true
     }
@@ -209,15 +325,66 @@ impl Inodes {
     pub(super) fn clear(&self) {
         let removed = {
             let mut state = self.write();
-            state.by_key.retain(|_, nodeid| *nodeid == ROOT_ID);
-            state.table.drain(|inode| inode.nodeid == ROOT_ID)
+            state.by_identity.retain(|ByIdentity(inode)| inode.nodeid == ROOT_ID);
+            shrink(&mut state.by_identity);
+            let kept = std::mem::take(&mut state.kept);
+            (state.table.drain(|inode| inode.nodeid == ROOT_ID), kept)
         };
         drop(removed);
+    }
+
+    /// Holds the file of a node open until the node is forgotten. Nothing if it is forgotten already.
+    pub(super) fn keep(&self, nodeid: u64, fd: OwnedFd, permit: Permit) {
+        let mut state = self.write();
+        let before = match state.table.get(nodeid) {
+            Ok(_) => state.kept.insert(nodeid, (Arc::new(fd), permit)),
+            Err(_) => None,
+        };
+        drop(state);
+        drop(before);
+    }
+
+    /// The file of a node that is held open.
+    pub(super) fn kept(&self, nodeid: u64) -> Option<Arc<OwnedFd>> {
+        let state = self.read();
+        state.kept.get(&nodeid).map(|(fd, _)| fd.clone())
+    }
+
+    /// Holds it no longer: it has a name again.
+    pub(super) fn release(&self, nodeid: u64) {
+        if self.kept(nodeid).is_some() {
+            let released = self.write().kept.remove(&nodeid);
+            drop(released);
+        }
+    }
+
+    /// Nodes that there is room for without asking for memory.
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        let state = self.read();
+        state.table.capacity().max(state.by_identity.capacity())
     }
 }
 
 impl State {
-    fn known(&self, key: &Key) -> Option<&Arc<Inode>> {
-        self.by_key.get(key).and_then(|nodeid| self.table.get(*nodeid).ok())
+    fn known(&self, identity: &Identity) -> Option<&Arc<Inode>> {
+        self.by_identity.get(identity).map(|ByIdentity(inode)| inode)
+    }
+
+    fn remove(&mut self, nodeid: u64) -> Option<(Arc<Inode>, Option<Kept>)> {
+        let inode = self.table.remove(nodeid)?;
+        self.by_identity.remove(&inode.identity);
+        shrink(&mut self.by_identity);
+        Some((inode, self.kept.remove(&nodeid)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_small() {
+        assert!(size_of::<Inode>() <= 64, "{}", size_of::<Inode>());
     }
 }

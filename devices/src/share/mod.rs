@@ -5,8 +5,10 @@
 //!
 //! What keeps a guest inside:
 //!
-//! - It never names a path. An operation is on a node id, which is an index with a generation into a table
-//!   of files that LOOKUPs found ([`inode`](self)), or on one name in such a directory.
+//! - It never names a path. An operation is on a node id, a number in a table of files that LOOKUPs found
+//!   ([`inode`](self)), or on one name in such a directory.
+//! - A file handle of the host's is as good as the file. They are made and kept here ([`file_handle`](self)),
+//!   and none ever comes from the guest.
 //! - Every step from a directory to an entry is one `openat2` with `RESOLVE_BENEATH`, `RESOLVE_NO_SYMLINKS`
 //!   and `RESOLVE_NO_MAGICLINKS` ([`host`](self)). No `..` is ever resolved, so a directory that the host
 //!   moves out of the share does not become a way out.
@@ -18,10 +20,12 @@
 
 mod acl;
 mod attributes;
+mod budget;
 mod control;
 mod direct;
 mod directory;
 mod file;
+mod file_handle;
 mod filesystem;
 mod handle;
 mod host;
@@ -29,14 +33,18 @@ mod identity;
 mod ids;
 mod inode;
 mod locks;
+mod mount;
 mod namespace;
 mod options;
 mod pseudo;
+mod reach;
 mod sys;
 mod table;
 mod xattr;
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
 
@@ -48,10 +56,15 @@ pub use options::{
 };
 
 use crate::dax::Policy;
+use budget::Budget;
 use handle::Handles;
 use host::Host;
-use inode::Inodes;
+use inode::{Identity, Inodes};
 use locks::Locks;
+use mount::Mounts;
+use reach::Directories;
+
+use crate::fuse::Errno;
 
 /// A host directory as a file system.
 ///
@@ -63,11 +76,18 @@ use locks::Locks;
 pub struct Share {
     options: Options,
     host: Host,
+    root: Arc<OwnedFd>,
+    mounts: Mounts,
     inodes: Inodes,
     handles: Handles,
     /// Of the files that can be mapped, which are. `None`: all.
     mapped: Option<Policy>,
     locks: Locks,
+    directories: Directories,
+    /// Descriptors that are held for the guest: handles, files without a name, locks.
+    descriptors: Arc<Budget>,
+    /// Bytes of host memory that requests use while they are served: listings, values of attributes.
+    buffers: Arc<Budget>,
     switch_identity: bool,
     /// The ids of the process.
     own: (HostUid, HostGid),
@@ -101,12 +121,20 @@ impl Share {
         // So that a host without openat2 is found out now and not by the guest.
         host.reopen(&root, OFlags::PATH)?;
         rustix::fs::openat2(&root, ".", flags, Mode::empty(), rustix::fs::ResolveFlags::BENEATH)?;
-        let (inodes, handles) = options.caps();
+        let caps = options.caps();
+        let mounts = Mounts::new(&host, &root, &attributes, options.file_handles)?;
+        let identity = Identity::of(mounts.root().clone(), &root, &attributes);
+        let descriptors = Budget::new(caps.descriptors, Errno::NFILE);
         Ok(Self {
             switch_identity: options.switch_identity.unwrap_or_else(identity::can_switch),
             own: identity::own(),
-            inodes: Inodes::new(root, &attributes, inodes),
-            handles: Handles::new(handles),
+            root: Arc::new(root),
+            mounts,
+            inodes: Inodes::new(identity, caps.inodes),
+            handles: Handles::new(caps.handles, descriptors.clone()),
+            directories: Directories::default(),
+            descriptors,
+            buffers: Budget::new(caps.buffers, Errno::NOMEM),
             mapped: match (options.dax, options.window) {
                 (DaxPolicy::Inode, Some(window)) => Some(Policy::new(window, !options.direct_io())),
                 _ => None,
@@ -135,6 +163,11 @@ impl Share {
     /// How many owners of POSIX locks there are, each with a file descriptor.
     pub fn live_lock_owners(&self) -> usize {
         self.locks.owners()
+    }
+
+    /// How many descriptors are held for the guest.
+    pub fn live_descriptors(&self) -> usize {
+        self.descriptors.used()
     }
 }
 

@@ -5,15 +5,29 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, makedev, mkdirat, mknodat, readlinkat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, Statx, makedev, mkdirat, mknodat, readlinkat,
     renameat_with, symlinkat, unlinkat,
 };
 
 use super::identity::WithoutFsetid;
-use super::inode::{Held, Inode, Key};
-use super::{Share, host, pseudo};
+use super::inode::{Identity, Inode};
+use super::mount::Mount;
+use super::reach::Held;
+use super::{Share, host};
 use crate::fuse::abi::{ATTR_SUBMOUNT, CreateIn, EntryOut, OPEN_KILL_SUIDGID, OpenOut};
 use crate::fuse::{Caller, Errno, Result};
+
+/// The node that a name belongs to.
+struct Owner {
+    inode: Arc<Inode>,
+    fd: OwnedFd,
+    /// There is no other name.
+    last: bool,
+}
+
+fn is_directory(stat: &Statx) -> bool {
+    u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFDIR
+}
 
 impl Share {
     /// The directory of an operation on a name.
@@ -52,28 +66,110 @@ impl Share {
         file: impl AsFd,
         name: &CStr,
     ) -> Result<EntryOut> {
-        self.entry(Some(directory), host::find(file, name)?)
+        self.entry(directory, Some(name), host::find(file, name)?)
     }
 
-    /// Counts a lookup of the file behind an `O_PATH` descriptor.
-    fn entry(&self, directory: Option<&Arc<Inode>>, fd: OwnedFd) -> Result<EntryOut> {
+    /// Counts a lookup of the file behind a descriptor, which was found in `directory` under `name` or was
+    /// made there without one.
+    fn entry(
+        &self,
+        directory: &Arc<Inode>,
+        name: Option<&CStr>,
+        fd: impl AsFd,
+    ) -> Result<EntryOut> {
         let stat = host::stat(&fd)?;
-        let crosses = directory.is_some_and(|one| Key::of(&stat).crosses_mount(&one.key));
-        let closed = crosses && pseudo::is_pseudo(&fd)?;
-        let inode = self.inodes.remember(fd, &stat, closed)?;
-        let mounted = crosses && self.options.submounts && inode.is_directory();
-        self.decide_dax(inode.nodeid, &stat);
+        let parent = &directory.identity.mount;
+        let crosses = !parent.has(&stat);
+        let mount = match name {
+            Some(name) if crosses => {
+                self.mounts.find(&self.host, &fd, &stat, directory.nodeid, name)?
+            }
+            _ => parent.clone(),
+        };
+        let submount = crosses && self.options.submounts && is_directory(&stat);
+        let inode = self.node_of(directory, name, &fd, &stat, mount)?;
+        self.decide_dax(&inode, &stat);
+        let attr = self.attr(&inode, &stat, if submount { ATTR_SUBMOUNT } else { 0 });
         let timeouts = self.options.timeouts();
         Ok(EntryOut {
             nodeid: inode.nodeid,
-            // The node id has its generation inside, and is never given out twice.
+            // A node id is never given out twice.
             generation: 0,
             entry_valid: timeouts.entry.as_secs(),
             attr_valid: timeouts.attributes.as_secs(),
             entry_valid_nsec: timeouts.entry.subsec_nanos(),
             attr_valid_nsec: timeouts.attributes.subsec_nanos(),
-            attr: self.attr(inode.nodeid, &stat, if mounted { ATTR_SUBMOUNT } else { 0 }),
+            attr,
         })
+    }
+
+    /// The node of a file that was found or made, counting a lookup.
+    fn node_of(
+        &self,
+        directory: &Arc<Inode>,
+        name: Option<&CStr>,
+        fd: impl AsFd,
+        stat: &Statx,
+        mount: Arc<Mount>,
+    ) -> Result<Arc<Inode>> {
+        let identity = Identity::of(mount, &fd, stat);
+        let inode = self.inodes.remember(identity, u32::from(stat.stx_mode) & libc::S_IFMT)?;
+        match name {
+            Some(name) => {
+                if let Some(named) = inode.identity.named() {
+                    named.found_at(directory.nodeid, name);
+                }
+                self.inodes.release(inode.nodeid);
+            }
+            None => self
+                .keep(&inode, self.host.reopen(&fd, OFlags::PATH))
+                .inspect_err(|_| self.give_back(inode.nodeid, 1))?,
+        }
+        Ok(inode)
+    }
+
+    /// Holds a file open that nothing else leads to.
+    fn keep(&self, inode: &Inode, fd: Result<OwnedFd>) -> Result<()> {
+        self.inodes.keep(inode.nodeid, fd?, self.descriptors.take(1)?);
+        Ok(())
+    }
+
+    /// FORGET.
+    pub(super) fn give_back(&self, nodeid: u64, count: u64) {
+        if self.inodes.forget(nodeid, count) {
+            self.directories.forget(nodeid);
+            self.locks.forget(nodeid);
+            if let Some(mapped) = &self.mapped {
+                mapped.forgotten(nodeid);
+            }
+        }
+    }
+
+    /// Whom a name belongs to before it is taken away, if the guest knows that node.
+    fn owner_of(&self, directory: &Inode, file: &Held, name: &CStr) -> Option<Owner> {
+        let fd = host::find(file, name).ok()?;
+        let stat = host::stat(&fd).ok()?;
+        let parent = &directory.identity.mount;
+        let mount = match parent.has(&stat) {
+            true => parent.clone(),
+            false if is_directory(&stat) => self.mounts.known(&stat)?,
+            false => return None,
+        };
+        let inode = self.inodes.known(&Identity::of(mount, &fd, &stat))?;
+        let last = stat.stx_nlink <= 1 || is_directory(&stat);
+        Some(Owner { inode, fd, last })
+    }
+
+    /// A name was taken away. A node that the guest may still be using is held open if nothing else leads to
+    /// its file now. Where there is no descriptor left for that, the node is stale.
+    fn name_is_gone(&self, directory: &Inode, name: &CStr, owner: Option<Owner>) {
+        let Some(Owner { inode, fd, last }) = owner else { return };
+        if let Some(named) = inode.identity.named() {
+            named.gone_from(directory.nodeid, name);
+        }
+        if last || inode.identity.named().is_some_and(|named| named.place().is_none()) {
+            let _ = self.keep(&inode, Ok(fd));
+        }
     }
 
     /// Makes an entry by `make` as the caller, then looks it up.
@@ -138,7 +234,11 @@ impl Share {
 
     pub(super) fn remove(&self, caller: Caller, name: &CStr, flags: AtFlags) -> Result<()> {
         let directory = self.writable_directory(caller.nodeid)?;
-        Ok(unlinkat(self.file(&directory)?, name, flags)?)
+        let file = self.file(&directory)?;
+        let owner = self.owner_of(&directory, &file, name);
+        unlinkat(&file, name, flags)?;
+        self.name_is_gone(&directory, name, owner);
+        Ok(())
     }
 
     pub(super) fn move_entry(
@@ -156,7 +256,30 @@ impl Share {
         }
         let old = self.directory(caller.nodeid)?;
         let new = self.writable_directory(new_directory)?;
-        Ok(renameat_with(self.file(&old)?, name, self.file(&new)?, new_name, flags)?)
+        let (from, to) = (self.file(&old)?, self.file(&new)?);
+        // A handle does not change by it.
+        let moved = match old.identity.mount.has_handles() {
+            true => None,
+            false => self.owner_of(&old, &from, name),
+        };
+        let replaced = match flags.contains(RenameFlags::NOREPLACE) {
+            true => None,
+            false => self.owner_of(&new, &to, new_name),
+        };
+        renameat_with(from, name, to, new_name, flags)?;
+        let now_at = |owner: &Option<Owner>, directory: &Inode, name| {
+            if let Some(named) = owner.as_ref().and_then(|owner| owner.inode.identity.named()) {
+                named.found_at(directory.nodeid, name);
+            }
+        };
+        now_at(&moved, &new, new_name);
+        match (&moved, &replaced) {
+            _ if flags.contains(RenameFlags::EXCHANGE) => now_at(&replaced, &old, name),
+            // Two names of one file: the host has done nothing.
+            (Some(moved), Some(replaced)) if moved.inode.nodeid == replaced.inode.nodeid => {}
+            _ => self.name_is_gone(&new, new_name, replaced),
+        }
+        Ok(())
     }
 
     pub(super) fn make_link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut> {
@@ -195,7 +318,7 @@ impl Share {
             host::create(&parent, name, self.creation_flags(flags), mode)
         };
         match made {
-            Ok(fd) => self.created(fd, flags),
+            Ok(fd) => self.created(&directory, Some(name), fd, flags),
             Err(Errno::EXIST) if request.flags & libc::O_EXCL as u32 == 0 => {
                 // Somebody was faster. Not by O_CREAT without O_EXCL: that would open whatever is there now,
                 // a FIFO for example.
@@ -203,9 +326,7 @@ impl Share {
                 let kill = request.fuse_flags & OPEN_KILL_SUIDGID != 0;
                 self.open_existing(&entry, request.flags, kill)
                     .map(|open| (entry, open))
-                    .inspect_err(|_| {
-                        self.inodes.forget(entry.nodeid, 1);
-                    })
+                    .inspect_err(|_| self.give_back(entry.nodeid, 1))
             }
             Err(errno) => Err(errno),
         }
@@ -239,16 +360,22 @@ impl Share {
             let _identity = self.identity(caller)?;
             host::create_unnamed(parent, flags, mode)?
         };
-        self.created(fd, flags)
+        self.created(&directory, None, fd, flags)
     }
 
     /// The node and the handle of a file that was just made. The node is found from the descriptor, not by
     /// name: that may be another file's by now.
-    fn created(&self, fd: OwnedFd, flags: OFlags) -> Result<(EntryOut, OpenOut)> {
-        let entry = self.entry(None, self.host.reopen(&fd, OFlags::PATH)?)?;
-        self.add_open_file(entry.nodeid, fd, flags).map(|open| (entry, open)).inspect_err(|_| {
-            self.inodes.forget(entry.nodeid, 1);
-        })
+    fn created(
+        &self,
+        directory: &Arc<Inode>,
+        name: Option<&CStr>,
+        fd: OwnedFd,
+        flags: OFlags,
+    ) -> Result<(EntryOut, OpenOut)> {
+        let entry = self.entry(directory, name, &fd)?;
+        self.add_open_file(entry.nodeid, fd, flags)
+            .map(|open| (entry, open))
+            .inspect_err(|_| self.give_back(entry.nodeid, 1))
     }
 
     /// Opens a regular file that the guest knows.

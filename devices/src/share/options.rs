@@ -160,12 +160,22 @@ pub struct Options {
     /// How many locks the guest may have. By default owners for a sixteenth of what the process may open, 65536
     /// ranges, and 1024 that wait.
     pub max_locks: Option<LockLimits>,
-    /// The most nodes the guest may know at a time. Each holds a file descriptor. By default half of what
-    /// the process may open (`RLIMIT_NOFILE`) when the share is made.
+    /// Whether nodes are reached by the host's file handles, where the file system has them and the process
+    /// is allowed to use them (CAP_DAC_READ_SEARCH). Otherwise, and without, they are reached by name.
+    pub file_handles: bool,
+    /// The most nodes the guest may know at a time, the root among them. Each costs some 130 bytes (without
+    /// file handles 250, and its name) and no descriptor. By default 1,048,576.
     pub max_inodes: Option<usize>,
     /// The most files and directories the guest may have open at a time. By default a quarter of what the
-    /// process may open.
+    /// process may open (`RLIMIT_NOFILE`) when the share is made.
     pub max_handles: Option<usize>,
+    /// The most descriptors that are held for the guest at a time: those of handles, of files that have lost
+    /// their last name while the guest uses them, and of locks. By default half of what the process may open.
+    /// What comes on top is fewer than 100, and a few for each request that is being served.
+    pub max_descriptors: Option<usize>,
+    /// The most bytes of memory that requests use at a time for listings and values of extended attributes.
+    /// By default 64 MiB, enough for 64 of the largest at once.
+    pub max_buffers: Option<usize>,
 }
 
 /// The kernel has no "for ever" that does not overflow somewhere.
@@ -194,8 +204,11 @@ impl Options {
             switch_identity: None,
             locks: LockPolicy::default(),
             max_locks: None,
+            file_handles: true,
             max_inodes: None,
             max_handles: None,
+            max_descriptors: None,
+            max_buffers: None,
         }
     }
 
@@ -255,19 +268,26 @@ impl Options {
         })
     }
 
-    /// The most nodes and the most handles.
-    pub(super) fn caps(&self) -> (usize, usize) {
-        /// Above, the table itself (some 200 bytes a node) becomes the cost.
-        const MOST_INODES: u64 = 1 << 22;
-        const MOST_HANDLES: u64 = 1 << 20;
+    pub(super) fn caps(&self) -> Caps {
+        /// 130 MiB of nodes, and more files than most hosts have in a directory.
+        const INODES: usize = 1 << 20;
+        const BUFFERS: usize = 64 << 20;
         let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let cap = |chosen: Option<usize>, share: u64| {
+        let files = usize::try_from(files).unwrap_or(usize::MAX);
+        Caps {
             // The root is always there.
-            chosen.unwrap_or(share as usize).max(1)
-        };
-        (
-            cap(self.max_inodes, (files / 2).min(MOST_INODES)),
-            cap(self.max_handles, (files / 4).min(MOST_HANDLES)),
-        )
+            inodes: self.max_inodes.unwrap_or(INODES).max(1),
+            handles: self.max_handles.unwrap_or(files / 4),
+            descriptors: self.max_descriptors.unwrap_or(files / 2),
+            buffers: self.max_buffers.unwrap_or(BUFFERS),
+        }
     }
+}
+
+/// How much a guest may make the share hold, see [`Options`].
+pub(super) struct Caps {
+    pub(super) inodes: usize,
+    pub(super) handles: usize,
+    pub(super) descriptors: usize,
+    pub(super) buffers: usize,
 }

@@ -43,9 +43,12 @@ const PSEUDO: &[(u32, &str)] = &[
 ///
 /// The host's.
 pub(super) fn is_pseudo(fd: impl AsFd) -> Result<bool> {
-    // A 32-bit number, sign-extended by some kernels.
-    let kind = fstatfs(fd)?.f_type as u32;
-    Ok(PSEUDO.iter().any(|(magic, _)| *magic == kind))
+    Ok(is_pseudo_type(fstatfs(fd)?.f_type as u32))
+}
+
+/// Whether it is one of them, by its `f_type`: a 32-bit number, sign-extended by some kernels.
+pub(super) fn is_pseudo_type(kind: u32) -> bool {
+    PSEUDO.iter().any(|(magic, _)| *magic == kind)
 }
 
 #[cfg(test)]

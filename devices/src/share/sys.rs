@@ -1,11 +1,11 @@
 //! System calls that `rustix` has no safe form of.
 #![expect(
     unsafe_code,
-    reason = "raw system calls on the calling thread's identity and on descriptors"
+    reason = "raw system calls on the calling thread's identity, on descriptors and on file handles"
 )]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
 /// An id that no user has: asks for the current one without changing it.
 const UNCHANGED: u32 = u32::MAX;
@@ -44,6 +44,14 @@ pub(super) fn unshare_umask() -> io::Result<()> {
     // descriptor, no memory. Nothing in this crate names files from the working directory, and the root is
     // never changed.
     let result = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) };
+    Ok(result?)
+}
+
+/// Gives the calling thread mounts of its own, a copy of the process's.
+#[cfg(test)]
+pub(super) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: as above; that the thread sees other mounts than the rest does nothing to memory or descriptors.
+    let result = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) };
     Ok(result?)
 }
 
@@ -115,3 +123,58 @@ pub(super) fn set_fsxattr(fd: impl AsFd, attributes: &FsXattr) -> io::Result<()>
 /// The numbers of linux/fs.h, as the system call takes them.
 const FS_IOC_FSGETXATTR: libc::c_ulong = 0x801c_581f;
 const FS_IOC_FSSETXATTR: libc::c_ulong = 0x401c_5820;
+
+/// `MAX_HANDLE_SZ` of linux/exportfs.h: the longest file handle of any file system, in bytes.
+pub(super) const MAX_HANDLE: usize = 128;
+
+/// `struct file_handle` of open_by_handle_at(2) with room for the longest.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct RawHandle {
+    /// Bytes of `bytes` that count.
+    pub(super) len: u32,
+    /// What the file system calls this form of handle.
+    pub(super) kind: i32,
+    pub(super) bytes: [u8; MAX_HANDLE],
+}
+
+/// The file handle of the file behind a descriptor (name_to_handle_at(2)).
+pub(super) fn name_to_handle(fd: impl AsFd) -> io::Result<RawHandle> {
+    let mut handle = RawHandle { len: MAX_HANDLE as u32, kind: 0, bytes: [0; MAX_HANDLE] };
+    let mut mount: libc::c_int = 0;
+    // SAFETY: the kernel reads an empty path, writes at most `len` bytes to `bytes`, which has as many, the
+    // two fields before it, and one int to `mount`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            fd.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle,
+            &raw mut mount,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    if result == 0 { Ok(handle) } else { Err(io::Error::last_os_error()) }
+}
+
+/// An `O_PATH` descriptor of the file with that handle in the file system, seen through the mount, that
+/// `mount` is on (open_by_handle_at(2)). `mount` must not be an `O_PATH` descriptor itself.
+pub(super) fn open_by_handle(mount: impl AsFd, handle: &RawHandle) -> io::Result<OwnedFd> {
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    // SAFETY: the kernel reads the struct, of whose `bytes` no more than there are: it refuses a `len` above
+    // MAX_HANDLE.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_fd().as_raw_fd(),
+            std::ptr::from_ref(handle),
+            flags,
+        )
+    };
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call returned a new descriptor, which nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,42 +1,75 @@
-//! Numbers that the guest may hold: an index and a generation.
+//! Numbers that the guest may hold.
 
+use std::borrow::Borrow;
+use std::collections::HashSet;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use crate::fuse::{Errno, Result};
 
-/// Values by number. A number is the index plus one in its lower half and the slot's generation in its upper
-/// half, so the first value ever inserted has number 1, a number is never 0 and never `u64::MAX`, and a
-/// number whose value is gone is never given out again.
+/// A value that knows its number.
+pub(super) trait Numbered {
+    fn number(&self) -> &u64;
+}
+
+/// Values by number. The first value ever inserted has number 1, the next one 2: a number is given out once
+/// and never again, so one whose value is gone is stale for good. The guest would need centuries to get to
+/// `u64::MAX`, which means "none" to it.
+///
+/// A value costs its [`Arc`] and some 10 to 20 bytes; what was needed for values that are gone goes back.
 pub(super) struct Table<T> {
-    slots: Vec<Slot<T>>,
-    free: Vec<u32>,
-    live: usize,
+    values: HashSet<Entry<T>>,
+    next: u64,
     most: usize,
 }
 
-struct Slot<T> {
-    generation: u32,
-    value: Option<Arc<T>>,
+/// Stands in the set under the number that the value has inside, which is not stored a second time.
+struct Entry<T>(Arc<T>);
+
+impl<T: Numbered> Borrow<u64> for Entry<T> {
+    fn borrow(&self) -> &u64 {
+        self.0.number()
+    }
 }
 
-fn number(index: u32, generation: u32) -> u64 {
-    (u64::from(generation) << 32) | (u64::from(index) + 1)
+impl<T: Numbered> Hash for Entry<T> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.number().hash(state);
+    }
 }
 
-/// The index and the generation of a number.
-fn parts(number: u64) -> Option<(u32, u32)> {
-    let index = (number as u32).checked_sub(1)?;
-    Some((index, (number >> 32) as u32))
+impl<T: Numbered> PartialEq for Entry<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.number() == other.0.number()
+    }
 }
 
-impl<T> Table<T> {
+impl<T: Numbered> Eq for Entry<T> {}
+
+/// Shrinks a set of which less than a quarter is used, to twice what is: then as many values have to come or
+/// go before its size changes again as there are now.
+pub(super) fn shrink<T: Eq + Hash>(set: &mut HashSet<T>) {
+    /// Below, there is nothing to gain.
+    const LEAST: usize = 64;
+    if set.capacity() > LEAST && set.len() < set.capacity() / 4 {
+        set.shrink_to(set.len() * 2);
+    }
+}
+
+impl<T: Numbered> Table<T> {
     /// An empty table for at most `most` values.
     pub(super) fn new(most: usize) -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), live: 0, most: most.min(u32::MAX as usize - 1) }
+        Self { values: HashSet::new(), next: 1, most }
     }
 
     pub(super) fn live(&self) -> usize {
-        self.live
+        self.values.len()
+    }
+
+    /// How many values there is room for without asking for memory.
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        self.values.capacity()
     }
 
     /// Inserts a value, which is told its number.
@@ -45,21 +78,13 @@ impl<T> Table<T> {
     ///
     /// `ENFILE` when the table is full.
     pub(super) fn insert(&mut self, value: impl FnOnce(u64) -> T) -> Result<Arc<T>> {
-        if self.live >= self.most {
+        if self.values.len() >= self.most {
             return Err(Errno::NFILE);
         }
-        let index = match self.free.pop() {
-            Some(index) => index,
-            None => {
-                let index = u32::try_from(self.slots.len()).map_err(|_| Errno::NFILE)?;
-                self.slots.push(Slot { generation: 0, value: None });
-                index
-            }
-        };
-        let slot = self.slots.get_mut(index as usize).ok_or(Errno::NFILE)?;
-        let value = Arc::new(value(number(index, slot.generation)));
-        slot.value = Some(value.clone());
-        self.live += 1;
+        let next = self.next.checked_add(1).ok_or(Errno::NFILE)?;
+        let value = Arc::new(value(self.next));
+        self.next = next;
+        self.values.insert(Entry(value.clone()));
         Ok(value)
     }
 
@@ -69,42 +94,26 @@ impl<T> Table<T> {
     ///
     /// `ESTALE` for a number that was valid, `ENOENT` for one that never was.
     pub(super) fn get(&self, number: u64) -> Result<&Arc<T>> {
-        let (index, generation) = parts(number).ok_or(Errno::NOENT)?;
-        let slot = self.slots.get(index as usize).ok_or(Errno::NOENT)?;
-        match &slot.value {
-            Some(value) if slot.generation == generation => Ok(value),
-            _ if generation < slot.generation => Err(Errno::STALE),
-            _ => Err(Errno::NOENT),
+        match self.values.get(&number) {
+            Some(Entry(value)) => Ok(value),
+            None if number > 0 && number < self.next => Err(Errno::STALE),
+            None => Err(Errno::NOENT),
         }
     }
 
     /// Takes a value out. Its number is stale from now on.
     pub(super) fn remove(&mut self, number: u64) -> Option<Arc<T>> {
-        let (index, generation) = parts(number)?;
-        let slot = self.slots.get_mut(index as usize)?;
-        if slot.generation != generation {
-            return None;
-        }
-        let value = slot.value.take()?;
-        self.live -= 1;
-        // A slot that ran out of generations is not used again.
-        if let Some(next) = generation.checked_add(1) {
-            slot.generation = next;
-            if next != u32::MAX {
-                self.free.push(index);
-            }
-        }
+        let Entry(value) = self.values.take(&number)?;
+        shrink(&mut self.values);
         Some(value)
     }
 
     /// Takes out all values that `keep` does not want.
     pub(super) fn drain(&mut self, keep: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
-        let doomed: Vec<u64> = (0u32..)
-            .zip(&self.slots)
-            .filter(|(_, slot)| slot.value.as_deref().is_some_and(|value| !keep(value)))
-            .map(|(index, slot)| number(index, slot.generation))
-            .collect();
-        doomed.into_iter().filter_map(|number| self.remove(number)).collect()
+        let drained =
+            self.values.extract_if(|Entry(value)| !keep(value)).map(|Entry(value)| value).collect();
+        shrink(&mut self.values);
+        drained
     }
 }
 
@@ -112,16 +121,27 @@ impl<T> Table<T> {
 mod tests {
     use super::*;
 
+    #[derive(Debug, PartialEq)]
+    struct Value(u64, char);
+
+    impl Numbered for Value {
+        fn number(&self) -> &u64 {
+            &self.0
+        }
+    }
+
+    fn insert(table: &mut Table<Value>, value: char) -> Result<u64> {
+        table.insert(|number| Value(number, value)).map(|value| value.0)
+    }
+
     #[test]
     fn the_first_number_is_one_and_a_removed_one_is_stale() {
         let mut table = Table::new(8);
-        let first = *table.insert(|number| number).unwrap();
-        assert_eq!(first, 1);
-        assert_eq!(**table.get(1).unwrap(), 1);
+        assert_eq!(insert(&mut table, 'a'), Ok(1));
+        assert_eq!(**table.get(1).unwrap(), Value(1, 'a'));
         table.remove(1).unwrap();
         assert_eq!(table.get(1), Err(Errno::STALE));
-        let second = *table.insert(|number| number).unwrap();
-        assert_eq!(second, (1 << 32) | 1);
+        assert_eq!(insert(&mut table, 'b'), Ok(2));
         assert_eq!(table.get(1), Err(Errno::STALE));
         assert!(table.remove(1).is_none());
         assert_eq!(table.live(), 1);
@@ -130,7 +150,7 @@ mod tests {
     #[test]
     fn a_number_that_never_was_is_not_found() {
         let mut table = Table::new(8);
-        table.insert(|_| ()).unwrap();
+        insert(&mut table, 'a').unwrap();
         for number in [0, 2, 1 << 32, (7 << 32) | 1, u64::MAX] {
             assert_eq!(table.get(number), Err(Errno::NOENT), "{number:#x}");
             assert!(table.remove(number).is_none());
@@ -140,15 +160,30 @@ mod tests {
     #[test]
     fn a_full_table_refuses_until_there_is_room() {
         let mut table = Table::new(2);
-        table.insert(|_| 'a').unwrap();
-        let second = table.insert(|number| {
-            assert_eq!(number, 2);
-            'b'
-        });
-        second.unwrap();
-        assert_eq!(table.insert(|_| 'c').unwrap_err(), Errno::NFILE);
-        assert_eq!(table.drain(|value| *value == 'a').len(), 1);
-        table.insert(|_| 'd').unwrap();
+        assert_eq!(insert(&mut table, 'a'), Ok(1));
+        assert_eq!(insert(&mut table, 'b'), Ok(2));
+        assert_eq!(insert(&mut table, 'c'), Err(Errno::NFILE));
+        assert_eq!(table.drain(|value| value.1 == 'b').len(), 1);
+        assert_eq!(insert(&mut table, 'd'), Ok(3));
         assert_eq!(table.live(), 2);
+    }
+
+    #[test]
+    fn what_is_gone_costs_no_memory_whichever_are_left() {
+        let mut table = Table::new(usize::MAX);
+        for _ in 0..10_000 {
+            insert(&mut table, 'x').unwrap();
+        }
+        assert!(table.capacity() >= 10_000);
+        // The last ones and a few between stay.
+        for number in (1..9_990).filter(|number| number % 1000 != 0) {
+            table.remove(number).unwrap();
+        }
+        assert_eq!(table.live(), 20);
+        assert!(table.capacity() <= 200, "{}", table.capacity());
+        assert_eq!(table.get(9_995).unwrap().0, 9_995);
+        assert_eq!(table.get(1_000).unwrap().0, 1_000);
+        table.drain(|_| false);
+        assert!(table.capacity() <= 200);
     }
 }

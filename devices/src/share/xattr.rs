@@ -164,6 +164,7 @@ impl Share {
         self.check_attributes()?;
         let host_name = self.host_name(name)?;
         let file = self.with_attributes(caller, Errno::NODATA)?;
+        let _buffer = self.buffers.take(XATTR_MAX)?;
         let value = read_all(|value| fgetxattr(&file, &*host_name, value))?;
         let value = match acl::is_acl(name.to_bytes()) {
             true => acl::to_guest(&value, &self.options.uids, &self.options.gids)?,
@@ -178,6 +179,7 @@ impl Share {
             Err(Errno::NODATA) => return answer(Vec::new(), size),
             file => file?,
         };
+        let _buffer = self.buffers.take(XATTR_MAX)?;
         let names = read_all(|names| flistxattr(&file, names))?;
         let mut listed = Vec::with_capacity(names.len());
         for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {

@@ -18,7 +18,7 @@ Serves HOST_DIR at MOUNT_POINT, as root, by the code that serves a guest. With C
 with its status; otherwise until SIGTERM, SIGINT, SIGHUP or an unmount. Exits with 70 when the server has failed.
 
 Options: ro, cache=never|metadata|auto|always, writeback, xattr=on|mapped|off (on), acl, dev, direct=host,
-         locks=host|guest, inodes=N, handles=N";
+         locks=host|guest, inodes=N, handles=N, by-name (no file handles)";
 
 /// `EX_SOFTWARE` of sysexits.h.
 const SOFTWARE: u8 = 70;
@@ -141,6 +141,7 @@ fn parse(mut options: Options, text: &str) -> Result<Options> {
             ("locks", "guest") => options.locks = LockPolicy::Guest,
             ("inodes", number) => options.max_inodes = Some(number.parse().context("inodes=")?),
             ("handles", number) => options.max_handles = Some(number.parse().context("handles=")?),
+            ("by-name", "") => options.file_handles = false,
             _ => bail!("{option:?} is no option\n\n{USAGE}"),
         }
     }

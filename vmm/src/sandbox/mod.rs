@@ -161,28 +161,21 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     status
 }
 
-/// How many files one share may hold, so that all together leave the process some.
+/// How many files one share may hold open, so that all together leave the process some.
 struct FileLimits {
-    inodes: usize,
+    descriptors: usize,
     handles: usize,
     lock_owners: usize,
 }
 
 impl FileLimits {
-    /// A node costs more than its descriptor: the host's kernel keeps the file in memory for it.
-    const MOST_INODES: usize = 1 << 20;
-
-    /// Half of what the process may open for the nodes of `shares` shares, a quarter for their handles, a
-    /// sixteenth for those who have locks on them; the rest is for windows and for the process itself.
+    /// Half of what the process may open for `shares` shares, half of that for their handles; a sixteenth for
+    /// those who have locks on them; the rest is for windows and for the process itself.
     fn for_each_of(shares: usize) -> Self {
         let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let files = files.map_or(usize::MAX, |files| usize::try_from(files).unwrap_or(usize::MAX));
         let each = files / shares.max(1);
-        Self {
-            inodes: (each / 2).min(Self::MOST_INODES),
-            handles: (each / 4).min(Self::MOST_INODES),
-            lock_owners: each / 16,
-        }
+        Self { descriptors: each / 2, handles: each / 4, lock_owners: each / 16 }
     }
 }
 
@@ -210,7 +203,7 @@ fn served(
     served.uids = identity.uid_map(&options.uid_map).map_err(named)?;
     served.gids = identity.gid_map(&options.gid_map).map_err(named)?;
     served.switch_identity = Some(identity.switches);
-    served.max_inodes = Some(limits.inodes);
+    served.max_descriptors = Some(limits.descriptors);
     served.max_handles = Some(limits.handles);
     // overlayfs refuses a lower directory that would be mounted on first use.
     served.submounts = !options.overlay;

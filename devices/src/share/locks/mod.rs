@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::Share;
+use super::budget::Permit;
 use super::handle::{Handle, OpenFile};
 use super::options::{LockLimits, LockPolicy};
 use crate::budget::Budget;
@@ -50,6 +51,8 @@ struct Description {
     fd: OwnedFd,
     /// It may carry locks of [`Kind::Write`].
     writable: bool,
+    /// Its place among the descriptors of the share.
+    _permit: Permit,
 }
 
 impl AsFd for Description {
@@ -483,6 +486,7 @@ impl Share {
     /// Opens a file once more, to carry the locks of one owner. It is opened for no more than the guest has
     /// it open for: on the host, opening for writing is something that others notice.
     fn describe(&self, file: &OpenFile) -> Result<Description> {
+        let permit = self.descriptors.take(1).map_err(|_| Errno::NOLCK)?;
         let reopen = |flags| self.host.reopen(&file.fd, flags);
         let opened = if file.writable {
             // A file that the process may only write can still carry locks of that kind.
@@ -491,7 +495,7 @@ impl Share {
             reopen(OFlags::RDONLY)
         };
         match opened {
-            Ok(fd) => Ok(Description { fd, writable: file.writable }),
+            Ok(fd) => Ok(Description { fd, writable: file.writable, _permit: permit }),
             Err(Errno::MFILE | Errno::NFILE) => Err(Errno::NOLCK),
             Err(errno) => Err(errno),
         }

@@ -277,15 +277,3 @@ fn a_read_only_share_of_overlayfs_copies_nothing_up_and_a_new_mapping_shows_the_
     guest.setup(node, 0, 4096, READ, 0).ok();
     assert_eq!((peek(&guest, 0), peek(&guest, 4096)), (Some(7), Some(1)));
 }
-
-#[test]
-fn the_table_of_mounts_says_which_are_of_overlayfs() {
-    let table = "22 1 0:21 / /proc rw,relatime shared:5 - proc proc rw\n\
-                 40 22 0:30 / /with\\040space rw shared:9 master:2 - overlay none rw,lowerdir=/a\n\
-                 41 22 0:31 / /plain rw - overlay - rw\n\
-                 4 22 8:1 / /overlay rw - ext4 /dev/sda rw\n\
-                 nonsense";
-    let overlays: Vec<u64> =
-        (0..50).filter(|mount| crate::share::attributes::is_overlay_in(table, *mount)).collect();
-    assert_eq!(overlays, [40, 41]);
-}
