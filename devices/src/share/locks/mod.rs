@@ -116,6 +116,12 @@ impl Locks {
         })
     }
 
+    /// How many requests more may wait.
+    #[cfg(test)]
+    pub(super) fn places_to_wait(&self) -> usize {
+        self.waiters.left()
+    }
+
     /// How many owners there are: each holds a file descriptor.
     pub(super) fn owners(&self) -> usize {
         self.count.load(Ordering::Acquire)

@@ -17,6 +17,19 @@ const END: u64 = i64::MAX as u64;
 /// How long is waited for what must not happen.
 const MOMENT: Duration = Duration::from_millis(50);
 
+/// Runs `begin`, and returns when as many requests more as it says wait for a lock.
+fn until_they_wait<T>(guest: &Guest, count: usize, begin: impl FnOnce() -> T) -> T {
+    let places = guest.share.locks.places_to_wait();
+    let begun = begin();
+    let start = Instant::now();
+    while guest.share.locks.places_to_wait() + count > places {
+        assert!(start.elapsed() < Duration::from_secs(60), "they do not wait");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(MOMENT);
+    begun
+}
+
 fn lk(fh: u64, owner: u64, kind: i32, start: u64, end: u64) -> LkIn {
     let lk = FileLock { start, end, type_: kind as u32, pid: 1000 + owner as u32 };
     LkIn { fh, owner, lk, ..LkIn::default() }
@@ -321,8 +334,8 @@ fn a_lock_is_waited_for_and_others_are_served_meanwhile() {
         assert!(host_ofd_lock(&host, READ, 0, 0));
         rustix::fs::flock(&host, rustix::fs::FlockOperation::LockShared).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| guest.setlkw(node, request, 2));
-            std::thread::sleep(MOMENT);
+            let waiting =
+                until_they_wait(&guest, 1, || scope.spawn(|| guest.setlkw(node, request, 2)));
             assert!(!waiting.is_finished(), "{kind}");
             assert_eq!(guest.getattr(node).error, 0);
             assert_eq!(guest.setlk(node, lk(fh, 1, WRITE, 0, 9)), libc::EAGAIN, "the same owner");
@@ -373,8 +386,9 @@ fn an_interrupt_of_nothing_is_nothing_and_hundreds_of_them_are_no_more() {
     let host = host_file(&guest);
     assert!(host_ofd_lock(&host, WRITE, 20, 1));
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| guest.setlkw(node, lk(fh, 1, WRITE, 20, 20), 500));
-        std::thread::sleep(MOMENT);
+        let waiting = until_they_wait(&guest, 1, || {
+            scope.spawn(|| guest.setlkw(node, lk(fh, 1, WRITE, 20, 20), 500))
+        });
         assert!(!waiting.is_finished());
         assert!(host_ofd_lock(&host, UNLOCK, 0, 0));
         assert_eq!(waiting.join().unwrap(), 0);
@@ -390,14 +404,12 @@ fn the_end_of_a_session_ends_the_waiting_and_sets_nothing() {
         rustix::fs::flock(&host, rustix::fs::FlockOperation::LockExclusive).unwrap();
         std::thread::scope(|scope| {
             let guest = &guest;
-            let waiting: Vec<_> = (0..16)
-                .map(|owner| {
-                    let request =
-                        if owner % 2 == 0 { lk(fh, owner, WRITE, 0, 9) } else { whole(fh, WRITE) };
-                    scope.spawn(move || guest.setlkw(node, request, owner))
-                })
-                .collect();
-            std::thread::sleep(MOMENT);
+            let wait = |owner| {
+                let request =
+                    if owner % 2 == 0 { lk(fh, owner, WRITE, 0, 9) } else { whole(fh, WRITE) };
+                scope.spawn(move || guest.setlkw(node, request, owner))
+            };
+            let waiting: Vec<_> = until_they_wait(guest, 16, || (0..16).map(wait).collect());
             let start = Instant::now();
             if reset {
                 guest.session.reset();
@@ -455,8 +467,9 @@ fn a_process_that_closes_a_file_while_it_waits_loses_its_locks_and_goes_on_waiti
     assert!(host_ofd_lock(&host, WRITE, 0, 1));
     assert_eq!(guest.setlk(node, lk(fh, 1, WRITE, 50, 59)), 0);
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| guest.setlkw(node, lk(fh, 1, WRITE, 0, 9), 2));
-        std::thread::sleep(MOMENT);
+        let waiting = until_they_wait(&guest, 1, || {
+            scope.spawn(|| guest.setlkw(node, lk(fh, 1, WRITE, 0, 9), 2))
+        });
         guest.flush(node, fh, 1);
         assert!(host_ofd_lock(&host, WRITE, 50, 10), "gone at once");
         assert!(!waiting.is_finished());
@@ -499,9 +512,8 @@ fn locks_are_bounded() {
         assert!(host_ofd_lock(&host, WRITE, 0, 0));
         std::thread::scope(|scope| {
             let guest = &guest;
-            let waiting = [1, 2]
-                .map(|at| scope.spawn(move || guest.setlkw(node, lk(fh, at, READ, 0, 9), at)));
-            std::thread::sleep(MOMENT);
+            let wait = |at| scope.spawn(move || guest.setlkw(node, lk(fh, at, READ, 0, 9), at));
+            let waiting = until_they_wait(guest, 2, || [1, 2].map(wait));
             assert_eq!(guest.setlkw(node, lk(fh, 3, READ, 0, 9), 3), libc::ENOLCK, "{round}");
             assert_eq!(guest.setlkw(node, whole(fh, WRITE), 4), 0, "it need not wait");
             assert!(host_ofd_lock(&host, UNLOCK, 0, 0));
