@@ -9,6 +9,7 @@
 mod caching;
 mod identity;
 mod locks;
+mod operations;
 mod readme;
 mod smoke;
 

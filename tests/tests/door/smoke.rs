@@ -11,11 +11,11 @@ use integration::{Door, noise};
 
 use super::PROBE;
 
-const MODES: [CachePolicy; 4] =
+pub const MODES: [CachePolicy; 4] =
     [CachePolicy::Never, CachePolicy::Metadata, CachePolicy::Auto, CachePolicy::Always];
 
 /// A share of an empty directory, open to every user.
-fn door(change: impl FnOnce(&mut Options)) -> (tempfile::TempDir, Door) {
+pub fn door(change: impl FnOnce(&mut Options)) -> (tempfile::TempDir, Door) {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let mut options = Options::new(directory.path());

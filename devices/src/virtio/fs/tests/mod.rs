@@ -1,5 +1,4 @@
 //! The device, and the whole way of a request: from a descriptor chain to a host file and back.
-
 mod device;
 mod direct;
 mod frames;

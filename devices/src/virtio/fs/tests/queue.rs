@@ -86,9 +86,9 @@ impl Queue {
     }
 }
 
-/// A guest that has sent its INIT, with options for the share. It sends everything through queue `index`, from
+/// A guest that has sent nothing yet, with options for the share. It sends everything through queue `index`, from
 /// and to buffers that begin `skew` bytes into a page.
-pub(super) fn guest_on(index: u16, skew: u64, change: impl FnOnce(&mut Options)) -> Guest {
+pub(super) fn silent_guest(index: u16, skew: u64, change: impl FnOnce(&mut Options)) -> Guest {
     let guest = Guest::without_init(change, true);
     let config = Config::new("share", 1).unwrap();
     let device = FsDevice::new(config, guest.session.clone(), None).unwrap();
@@ -98,11 +98,17 @@ pub(super) fn guest_on(index: u16, skew: u64, change: impl FnOnce(&mut Options))
     let mut guest =
         guest.through(Box::new(move |request, reply| lock(&queue).serve(request, reply)));
     guest.room = MAX_REQUEST;
+    guest
+}
+
+/// The same, which has sent its INIT.
+pub(super) fn guest_on(index: u16, skew: u64, change: impl FnOnce(&mut Options)) -> Guest {
+    let guest = silent_guest(index, skew, change);
     assert_eq!(guest.init(7, MINOR, EVERYTHING).error, 0);
     guest
 }
 
-/// The same with default options and the first request queue.
+/// The same with default options, the first request queue and whole pages.
 pub(super) fn guest() -> Guest {
     guest_on(FIRST, 0, |_| {})
 }
