@@ -132,22 +132,52 @@ fn programs_of_the_host_reach_programs_of_the_guest() {
     }
     drop(streams);
 
-    let start = Instant::now();
-    let mut sink = guest.connect(SINK);
-    write_stream(&mut sink, LARGE).unwrap();
-    sink.shutdown(Shutdown::Write).unwrap();
-    let mut answer = String::new();
-    sink.read_to_string(&mut answer).unwrap();
-    assert_eq!(answer.trim(), LARGE.to_string(), "all bytes came");
-    eprintln!("to the guest: {LARGE} bytes in {:?}", start.elapsed());
-    let start = Instant::now();
-    let mut source = guest.connect(SOURCE);
-    writeln!(source, "{LARGE}").unwrap();
-    assert_eq!(check_stream(&mut source).unwrap(), LARGE, "all bytes came");
-    eprintln!("to the host: {LARGE} bytes in {:?}", start.elapsed());
+    send(guest.connect(SINK), LARGE);
+    receive(guest.connect(SOURCE), LARGE);
 
     assert_eq!(check_stream(&mut stalled).unwrap(), 4 << 20, "it goes on where it stopped");
     drop(unread);
+    guest.end();
+}
+
+/// Sends so many bytes into a sink that answers with their number; how long it took.
+fn send(mut sink: UnixStream, length: u64) -> Duration {
+    let start = Instant::now();
+    write_stream(&mut sink, length).unwrap();
+    sink.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    sink.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer.trim(), length.to_string(), "all bytes came as they were sent");
+    start.elapsed()
+}
+
+/// Asks a source for so many bytes; how long it took.
+fn receive(mut source: UnixStream, length: u64) -> Duration {
+    let start = Instant::now();
+    writeln!(source, "{length}").unwrap();
+    assert_eq!(check_stream(&mut source).unwrap(), length, "all bytes came as they were sent");
+    start.elapsed()
+}
+
+#[test]
+#[ignore = "takes minutes where KVM is emulated"]
+fn a_gibibyte_goes_each_way_through_one_stream() {
+    let length = 1 << 30;
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let sink = thread::spawn(move || {
+        let received = check_stream(&mut theirs).unwrap();
+        writeln!(theirs, "{received}").unwrap();
+    });
+    let plain = send(ours, length);
+    sink.join().unwrap();
+    let guest = Guest::new();
+    let there = send(guest.connect(SINK), length);
+    let back = receive(guest.connect(SOURCE), length);
+    let speed = |time: Duration| (length >> 20) as f64 / time.as_secs_f64();
+    let ratio = |time: Duration| speed(time) / speed(plain);
+    println!("within the host:  {:.0} MiB/s", speed(plain));
+    println!("host to guest:    {:.0} MiB/s, ratio {:.2}", speed(there), ratio(there));
+    println!("guest to host:    {:.0} MiB/s, ratio {:.2}", speed(back), ratio(back));
     guest.end();
 }
 
