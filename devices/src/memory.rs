@@ -489,6 +489,24 @@ mod tests {
     }
 
     #[test]
+    fn a_place_is_found_again_in_the_memory_as_it_is_then() {
+        let memory = two_regions();
+        let mut buffer = GuestBuffer::new();
+        buffer.push(&memory, GuestAddress(0xff8), 0x10).unwrap();
+        buffer.push(&memory, GuestAddress(0x10), 4).unwrap();
+        let place = buffer.place();
+        let later = two_regions();
+        let found = place.buffer(&later).unwrap();
+        assert_eq!(found.len(), 0x14);
+        found.write_at(0xe, &[1, 2, 3, 4]).unwrap();
+        let read = |memory: &GuestMemory, at| memory.read_obj::<u16>(GuestAddress(at)).unwrap();
+        assert_eq!((read(&later, 0x1006), read(&later, 0x10)), (0x0201, 0x0403));
+        assert_eq!((read(&memory, 0x1006), read(&memory, 0x10)), (0, 0), "not the one of before");
+        let (less, _) = later.remove_region(GuestAddress(0x1000), 0x1000).unwrap();
+        assert!(matches!(place.buffer(&less), Err(BufferError::NotMemory { .. })));
+    }
+
+    #[test]
     fn reading_past_the_end_is_an_error() {
         let mut bytes = [0; 8];
         let buffer = GuestBuffer::from_slice(&mut bytes);
