@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use devices::share::{CachePolicy, Options};
+use devices::share::{CachePolicy, DaxPolicy, Options};
 use integration::Door;
 use tempfile::TempDir;
 
@@ -45,6 +45,8 @@ impl Host {
 
     fn sandbox_with(&self, change: impl FnOnce(&mut Options)) -> Sandbox {
         let mut options = Options::new(self.directory.path());
+        // There is no window behind /dev/fuse, and what a reply says of files for one costs requests.
+        options.dax = DaxPolicy::Never;
         change(&mut options);
         Sandbox { door: Door::mount(options).unwrap() }
     }
