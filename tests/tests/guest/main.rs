@@ -10,7 +10,6 @@ mod boot;
 mod caching;
 mod commands;
 mod dax;
-mod identity;
 mod kernels;
 mod locks;
 mod memory;
