@@ -33,7 +33,7 @@ impl Budget {
         self.0.fetch_add(count, Relaxed);
     }
 
-    #[cfg(test)]
+    /// How many can be had.
     pub(crate) fn left(&self) -> usize {
         self.0.load(Relaxed)
     }

@@ -165,6 +165,11 @@ impl Share {
         self.locks.owners()
     }
 
+    /// How many requests wait for a lock, each with a thread.
+    pub fn live_lock_waiters(&self) -> usize {
+        self.locks.waiting()
+    }
+
     /// How many descriptors are held for the guest.
     pub fn live_descriptors(&self) -> usize {
         self.descriptors.used()

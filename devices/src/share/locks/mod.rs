@@ -33,15 +33,13 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::Share;
-use super::budget::Permit;
+use super::budget::{Budget, Permit};
 use super::handle::{Handle, OpenFile};
 use super::options::{LockLimits, LockPolicy};
-use crate::budget::Budget;
 use crate::fuse::abi::{FileLock, FlushIn, LK_FLOCK, LkIn, RELEASE_FLOCK_UNLOCK, ReleaseIn};
 use crate::fuse::{Caller, Errno, LockReply, Result, Wait};
 use crate::sync::lock;
 use ranges::{Change, Kind, Ranges, Span};
-use wait::Drawn;
 
 /// Whose locks: a node, and a number that the guest gave its process or open file.
 type OwnerKey = (u64, u64);
@@ -111,15 +109,14 @@ impl Locks {
             table: Mutex::new(Table { owners: BTreeMap::new(), generation: 0 }),
             count: AtomicUsize::new(0),
             most_owners: limits.owners,
-            records: Arc::new(Budget::new(limits.records)),
-            waiters: Arc::new(Budget::new(limits.waiters)),
+            records: Budget::new(limits.records, Errno::NOLCK),
+            waiters: Budget::new(limits.waiters, Errno::NOLCK),
         })
     }
 
-    /// How many requests more may wait.
-    #[cfg(test)]
-    pub(super) fn places_to_wait(&self) -> usize {
-        self.waiters.left()
+    /// How many requests wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiters.used()
     }
 
     /// How many owners there are: each holds a file descriptor.
@@ -280,20 +277,20 @@ impl Table {
 }
 
 impl OwnerState {
-    /// Sets a lock without waiting. `drawn` is for the records that it takes.
+    /// Sets a lock without waiting. `permit` is for the records that it takes.
     ///
     /// # Errors
     ///
     /// `EAGAIN`; `ENOLCK` when there are too many records; the host's.
-    fn set(&mut self, span: Span, drawn: &mut Drawn) -> Result<()> {
+    fn set(&mut self, span: Span, permit: &mut Permit) -> Result<()> {
         let change = self.ranges.plan(span);
         let (more, fewer) = (change.more(), change.fewer());
-        drawn.spend(more)?;
+        permit.spend(more)?;
         if let Err(errno) = sys::set(self.description.as_fd(), span) {
-            drawn.take_back(more);
+            permit.take_back(more);
             return Err(errno);
         }
-        drawn.take_back(fewer);
+        permit.take_back(fewer);
         self.ranges.apply(change);
         Ok(())
     }
@@ -323,8 +320,8 @@ struct Waiter {
     owner: Arc<Owner>,
     span: Span,
     /// For the records that the lock may take: it must not fail when it was granted.
-    records: Drawn,
-    _place: Drawn,
+    records: Permit,
+    _place: Permit,
 }
 
 impl Waiter {
@@ -395,12 +392,12 @@ impl Share {
             if span.kind == Some(Kind::Write) && !state.description.writable {
                 state.upgrade(self.describe(file)?)?;
             }
-            let mut records = Drawn::new(&self.locks.records, 0)?;
+            let mut records = self.locks.records.take(0)?;
             return match (state.set(span, &mut records), wait) {
                 (Ok(()), _) => Ok(LockReply::Done),
                 (Err(Errno::AGAIN), Some(wait)) => {
-                    let place = Drawn::new(&self.locks.waiters, 1)?;
-                    let records = Drawn::new(&self.locks.records, Change::MOST)?;
+                    let place = self.locks.waiters.take(1)?;
+                    let records = self.locks.records.take(Change::MOST)?;
                     state.waiters += 1;
                     drop(state);
                     let mut waiter = Waiter { owner, span, records, _place: place };
@@ -428,7 +425,7 @@ impl Share {
         match (flock(&*handle, now).map_err(Errno::from), wait) {
             (Ok(()), _) => Ok(LockReply::Done),
             (Err(Errno::AGAIN), Some(wait)) => {
-                let place = Drawn::new(&self.locks.waiters, 1)?;
+                let place = self.locks.waiters.take(1)?;
                 wait::start(wait, move || {
                     let _place = &place;
                     Ok(flock(&*handle, later)?)

@@ -8,55 +8,14 @@
 //! to see whether the thread sleeps already or is about to. What it waits for may be granted at that very
 //! moment; then it is granted, and the one who asked is told so.
 
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 
 use super::sys::Alarm;
-use crate::budget::Budget;
 use crate::fuse::{Errno, Interrupt, LockReply, Pending, Result, Wait};
 
 /// Bytes of a waiting thread's stack. It makes a system call and logs at most.
 const STACK_SIZE: usize = 128 << 10;
-
-/// A number drawn from a budget, until it is dropped.
-pub(super) struct Drawn {
-    budget: Arc<Budget>,
-    count: usize,
-}
-
-impl Drawn {
-    /// # Errors
-    ///
-    /// `ENOLCK` when there are not so many left.
-    pub(super) fn new(budget: &Arc<Budget>, count: usize) -> Result<Self> {
-        budget.draw(count).map_err(|_| Errno::NOLCK)?;
-        Ok(Self { budget: budget.clone(), count })
-    }
-
-    /// Takes `count` out of what was drawn, or draws more for it.
-    ///
-    /// # Errors
-    ///
-    /// `ENOLCK`.
-    pub(super) fn spend(&mut self, count: usize) -> Result<()> {
-        match self.count.checked_sub(count) {
-            Some(left) => self.count = left,
-            None => self.budget.draw(count).map_err(|_| Errno::NOLCK)?,
-        }
-        Ok(())
-    }
-
-    /// Adds what was spent, now or before, and is free again.
-    pub(super) fn take_back(&mut self, count: usize) {
-        self.count += count;
-    }
-}
-
-impl Drop for Drawn {
-    fn drop(&mut self) {
-        self.budget.give_back(self.count);
-    }
-}
 
 /// Calls `attempt`, which blocks, on a new thread until it answers anything but `EINTR` and `EAGAIN`, or until
 /// the request is interrupted. All that `attempt` holds is given back before the guest gets its answer.

@@ -19,10 +19,10 @@ const MOMENT: Duration = Duration::from_millis(50);
 
 /// Runs `begin`, and returns when as many requests more as it says wait for a lock.
 fn until_they_wait<T>(guest: &Guest, count: usize, begin: impl FnOnce() -> T) -> T {
-    let places = guest.share.locks.places_to_wait();
+    let before = guest.share.live_lock_waiters();
     let begun = begin();
     let start = Instant::now();
-    while guest.share.locks.places_to_wait() + count > places {
+    while guest.share.live_lock_waiters() < before + count {
         assert!(start.elapsed() < Duration::from_secs(60), "they do not wait");
         std::thread::sleep(Duration::from_millis(1));
     }
