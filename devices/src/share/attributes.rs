@@ -117,7 +117,13 @@ impl Share {
         // place for ATTR_DAX, for those of a file without DAX: it then drops the file, and what is mapped of
         // it, at every close (`fuse_do_statx`, fs/fuse/dir.c; `fuse_dax_dontcache`, fs/fuse/dax.c). It knows
         // the type, and tells its caller so whatever is said here.
+        //
+        // With writeback the guest alone knows the size, and corrects only attributes that it takes. It gets no
+        // STATX then, and asks by GETATTR, which has a place for ATTR_DAX.
         if self.is_dax(&inode, &stat) {
+            if self.options.writeback() {
+                return Err(Errno::NOSYS);
+            }
             mask &= !libc::STATX_TYPE;
         }
         Ok(StatxOut {
