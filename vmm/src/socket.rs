@@ -19,6 +19,11 @@ pub const PATH_MAX: usize = 107;
 /// Most clients that have connected and were not taken yet. The host's kernel cuts it to what it allows.
 const BACKLOG: i32 = 4096;
 
+/// Somebody listens at this path.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: somebody listens there already; name another path", .0.display())]
+pub struct InUse(PathBuf);
+
 /// A socket that only this user can connect to. Dropping it takes its name out of the file system.
 #[derive(Debug)]
 pub struct ListeningSocket {
@@ -33,11 +38,11 @@ impl ListeningSocket {
     ///
     /// # Errors
     ///
-    /// When something else is there, or somebody listens there; the host's errors.
+    /// When something else is there; [`InUse`]; the host's errors.
     pub fn new(path: &Path) -> Result<Self> {
         let name = path.display();
         let address = SocketAddrUnix::new(path).with_context(|| {
-            format!("{name}: a socket's path has at most {PATH_MAX} bytes; name a shorter one")
+            format!("{name} is too long for a socket; name a path of at most {PATH_MAX} bytes")
         })?;
         let socket = socket(SocketFlags::empty())?;
         // Before it has a name, so that it never is anybody else's.
@@ -58,6 +63,11 @@ impl ListeningSocket {
         };
         listen(&listening.listener, BACKLOG).with_context(|| format!("{name}"))?;
         Ok(listening)
+    }
+
+    /// Its name.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The socket.
@@ -95,9 +105,7 @@ fn remove_left_over(path: &Path) -> Result<()> {
     match connect(&probe, &SocketAddrUnix::new(path)?) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => {}
         // Also one whose clients queue up.
-        Ok(()) | Err(Errno::AGAIN) => {
-            bail!("{name}: somebody listens there already; name another path")
-        }
+        Ok(()) | Err(Errno::AGAIN) => return Err(InUse(path.to_owned()).into()),
         Err(error) => return Err(error).with_context(|| format!("{name} cannot be looked at")),
     }
     match fs::remove_file(path) {

@@ -14,6 +14,9 @@ use integration::{Oriel, Running, Tree};
 /// Enough to fill every buffer on the way many times over.
 const LARGE: u64 = 64 << 20;
 
+/// For a gibibyte each way where KVM is emulated.
+const SLOW: Duration = Duration::from_secs(600);
+
 /// A guest whose probe listens and connects.
 struct Guest {
     oriel: Running,
@@ -33,6 +36,7 @@ impl Guest {
         let oriel = Oriel::run(&["-i", "--vsock", socket.to_str().unwrap()])
             .args(&["-v", &tree.at("/s", "ro")])
             .guest(&["/s/guest-probe", "vsock"])
+            .timeout(SLOW)
             .start();
         Self { oriel, tree }
     }

@@ -5,22 +5,19 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use rustix::fs::{FlockOperation, Mode, fchmod, flock};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-};
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
 use super::{MAX_LINE, Reply, Request, socket_path};
+use crate::socket::{InUse, ListeningSocket};
 
 /// The most clients at a time: each has a thread.
 const MOST_CLIENTS: usize = 16;
@@ -34,10 +31,7 @@ pub type Handler = dyn Fn(Request) -> Result<Value, String> + Send + Sync;
 
 /// A sandbox's socket. It is there as long as this value, whatever state the sandbox is in; dropping it takes
 /// it out of the file system.
-pub struct ControlSocket {
-    listener: UnixListener,
-    path: PathBuf,
-}
+pub struct ControlSocket(ListeningSocket);
 
 impl ControlSocket {
     /// Makes the socket of the sandbox `name` in `directory`, which is made when it is not there. Who connects
@@ -52,22 +46,13 @@ impl ControlSocket {
         // Between the look at what is there and our own socket nobody else may do the same.
         let lock = File::open(directory).context("cannot be opened")?;
         flock(&lock, FlockOperation::LockExclusive).context("cannot be locked")?;
-        if let Ok(there) = fs::symlink_metadata(&path) {
-            if !there.file_type().is_socket() {
-                bail!("{} is there and is no socket; remove it", path.display());
+        let socket = ListeningSocket::new(&path).map_err(|error| match error.is::<InUse>() {
+            true => {
+                anyhow!("a sandbox of this name runs already; choose another name, or end that one")
             }
-            if is_alive(&path)? {
-                bail!("a sandbox of this name runs already; choose another name, or end that one");
-            }
-            fs::remove_file(&path).with_context(|| format!("{} stays", path.display()))?;
-        }
-        let socket = socket(SocketFlags::empty())?;
-        // Before it has a path, so that it never is anybody else's.
-        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-        bind(&socket, &SocketAddrUnix::new(&path).context("its path is too long for a socket")?)
-            .with_context(|| format!("{} cannot be made", path.display()))?;
-        listen(&socket, MOST_CLIENTS as i32)?;
-        Ok(Self { listener: socket.into(), path })
+            false => error,
+        })?;
+        Ok(Self(socket))
     }
 
     /// Answers whoever connects by `handler`, from threads, until the process ends.
@@ -76,7 +61,7 @@ impl ControlSocket {
     ///
     /// The host's, when it gives no thread.
     pub fn serve(&self, handler: Arc<Handler>) -> Result<()> {
-        let listener = self.listener.try_clone().context("control socket")?;
+        let listener = self.0.listener().try_clone().context("control socket")?;
         let accept = move || {
             let clients = Arc::new(AtomicUsize::new(0));
             for stream in listener.incoming() {
@@ -94,15 +79,6 @@ impl ControlSocket {
     }
 }
 
-impl Drop for ControlSocket {
-    fn drop(&mut self) {
-        // It is ours: nobody replaces a socket to which one can connect.
-        if let Err(error) = fs::remove_file(&self.path) {
-            log::warn!("{} stays: {error}", self.path.display());
-        }
-    }
-}
-
 /// Makes a directory that only this user can look into, unless it is there and only they can change it.
 fn make_private(directory: &Path) -> Result<()> {
     let name = directory.display();
@@ -117,22 +93,6 @@ fn make_private(directory: &Path) -> Result<()> {
             Ok(())
         }
         made => made.with_context(|| format!("{name} cannot be made")),
-    }
-}
-
-fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
-    let flags = flags | SocketFlags::CLOEXEC;
-    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
-}
-
-/// Whether somebody listens there. Does not wait for them.
-fn is_alive(path: &Path) -> Result<bool> {
-    let socket = socket(SocketFlags::NONBLOCK)?;
-    match connect(&socket, &SocketAddrUnix::new(path)?) {
-        Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) => Ok(false),
-        // Also one whose clients queue up.
-        Ok(()) | Err(rustix::io::Errno::AGAIN) => Ok(true),
-        Err(error) => Err(error).with_context(|| path.display().to_string()),
     }
 }
 
@@ -193,6 +153,7 @@ fn converse(mut stream: UnixStream, handler: &Handler) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
 
     use serde_json::json;
 
@@ -224,7 +185,7 @@ mod tests {
     fn a_request_is_a_line_and_so_is_the_reply() {
         let directory = tempfile::tempdir().unwrap();
         let socket = started(directory.path());
-        let mut stream = UnixStream::connect(&socket.path).unwrap();
+        let mut stream = UnixStream::connect(socket.0.path()).unwrap();
         let mut heard = BufReader::new(stream.try_clone().unwrap()).lines();
         // Two at once, and one in pieces.
         stream.write_all(b"{\"request\":\"stats\"}\n{\"request\":\"stats\"}\n{\"req").unwrap();
@@ -255,34 +216,34 @@ mod tests {
             (b"{\"request\":\"share-resize\",\"share\":7,\"size\":1}\n", "string"),
             (b"{\"request\":\"stats\",\"more\":1}\n", "more"),
         ] {
-            let said = ask(&socket.path, words);
+            let said = ask(socket.0.path(), words);
             let hinted = said.contains(hint) || hint == "size" && said.contains("u64");
             assert!(said.starts_with("{\"error\":\"no request: ") && hinted, "{said}");
         }
         let deep = [&b"{\"x\":"[..], &[b'['; 10_000], b"\n"].concat();
-        assert!(ask(&socket.path, &deep).contains("recursion"));
+        assert!(ask(socket.0.path(), &deep).contains("recursion"));
         let long = vec![b' '; MAX_LINE + 1];
-        assert!(ask(&socket.path, &long).contains("more than 65536"));
+        assert!(ask(socket.0.path(), &long).contains("more than 65536"));
         // A client that ends in the middle of a line, and one that does not listen.
-        drop(UnixStream::connect(&socket.path).unwrap().write_all(b"{"));
-        drop(UnixStream::connect(&socket.path).unwrap().write_all(b"{\"request\":\"stats\"}\n"));
-        assert!(ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well"));
+        drop(UnixStream::connect(socket.0.path()).unwrap().write_all(b"{"));
+        drop(UnixStream::connect(socket.0.path()).unwrap().write_all(b"{\"request\":\"stats\"}\n"));
+        assert!(ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well"));
     }
 
     #[test]
     fn silent_clients_do_not_keep_others_from_an_answer() {
         let directory = tempfile::tempdir().unwrap();
         let socket = started(directory.path());
-        let connect = || UnixStream::connect(&socket.path).unwrap();
+        let connect = || UnixStream::connect(socket.0.path()).unwrap();
         let silent: Vec<_> = (1..MOST_CLIENTS).map(|_| connect()).collect();
-        assert!(ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well"));
+        assert!(ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well"));
         // One of the two finds the last place taken, unless the client before has not left it yet.
         let one_more = connect();
-        let said = ask(&socket.path, b"{\"request\":\"stats\"}\n");
+        let said = ask(socket.0.path(), b"{\"request\":\"stats\"}\n");
         assert!(said.contains("too many clients") || said.contains("well"), "{said}");
         drop((silent, one_more));
         let start = std::time::Instant::now();
-        while !ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well") {
+        while !ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well") {
             assert!(start.elapsed().as_secs() < 10, "the others are gone");
         }
     }
@@ -293,8 +254,8 @@ mod tests {
         let directory = parent.path().join("oriel");
         let socket = ControlSocket::new(&directory, "box").unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&directory), mode(&socket.path)), (0o700, 0o600));
-        let path = socket.path.clone();
+        assert_eq!((mode(&directory), mode(socket.0.path())), (0o700, 0o600));
+        let path = socket.0.path().to_owned();
         let taken = ControlSocket::new(&directory, "box").err().unwrap();
         assert!(taken.to_string().contains("runs already"), "{taken:#}");
         assert!(ControlSocket::new(&directory, "other").is_ok());
@@ -310,7 +271,7 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(client::ask_at(directory.path(), "box", &Request::Stats {}).is_err());
         let socket = started(directory.path());
-        assert!(ask(&socket.path, b"{\"request\":\"stats\"}\n").contains("well"));
+        assert!(ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well"));
         drop(socket);
         fs::write(&path, "mine").unwrap();
         let error = ControlSocket::new(directory.path(), "box").err().unwrap();

@@ -114,7 +114,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let vsock = match (&args.vsock, &vsock_socket) {
         (Some(vsock), Some(socket)) => {
             let listener = socket.listener().try_clone().context("--vsock")?;
-            let device = VsockDevice::new(vsock.config, listener, &vsock.path);
+            let device = VsockDevice::new(vsock.config, listener, socket.path());
             let device = Arc::new(device.context("virtio-vsock device")?);
             machine.add_vsock(device.clone())?;
             Some(device)
