@@ -207,7 +207,7 @@ opcodes! {
     Removemapping = 49 "REMOVEMAPPING", 4,  4 + 65536,         Body(0),
         window, "1 to 4096 ranges, all checked before any goes";
     Syncfs        = 50 "SYNCFS",        8,  8,                 Body(0),
-        syncfs, "the file system that the node is on";
+        syncfs, "the file system that the node is on; where mounts below are not told of, all that nodes are known of";
     Tmpfile       = 51 "TMPFILE",       17, 16 + PATH,         Body(144),
         tmpfile, "as CREATE; `EOPNOTSUPP` where the host's file system has none";
     Statx         = 52 "STATX",         24, 24,                Body(288),

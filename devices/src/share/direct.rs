@@ -17,15 +17,16 @@ use std::sync::OnceLock;
 
 use rustix::fs::{OFlags, fcntl_getfl};
 
+use super::budget::Permit;
 use super::handle::OpenFile;
 use super::{DaxPolicy, DirectPolicy, Share};
 use crate::fuse::abi::{ReadIn, WRITE_CACHE, WriteIn};
 use crate::fuse::{Errno, Payload, Result};
 
 /// The second descriptor of an open file, opened by the first request that asks for it; none when the host
-/// refuses.
+/// refuses, or when there are no descriptors left for the guest.
 #[derive(Default)]
-pub(super) struct Direct(OnceLock<Option<OwnedFd>>);
+pub(super) struct Direct(OnceLock<Option<(OwnedFd, Permit)>>);
 
 impl Share {
     /// Reads what there is, up to the end of the file.
@@ -76,15 +77,19 @@ impl Share {
         if !wanted || !allowed || data.is_in_window() {
             return None;
         }
-        file.direct.0.get_or_init(|| self.open_direct(file).ok()).as_ref().map(AsFd::as_fd)
+        let (fd, _) = file.direct.0.get_or_init(|| self.open_direct(file).ok()).as_ref()?;
+        Some(fd.as_fd())
     }
 
     /// # Errors
     ///
-    /// `EINVAL` where the file system knows no O_DIRECT (overlayfs over such a one, tmpfs before Linux 6.6).
-    fn open_direct(&self, file: &OpenFile) -> Result<OwnedFd> {
+    /// `EINVAL` where the file system knows no O_DIRECT (overlayfs over such a one, tmpfs before Linux 6.6),
+    /// `ENFILE`.
+    fn open_direct(&self, file: &OpenFile) -> Result<(OwnedFd, Permit)> {
+        let permit = self.descriptors.take(1)?;
         let kept = OFlags::ACCMODE | OFlags::SYNC | OFlags::DSYNC;
-        self.host.reopen(&file.fd, (fcntl_getfl(&file.fd)? & kept) | OFlags::DIRECT)
+        let flags = (fcntl_getfl(&file.fd)? & kept) | OFlags::DIRECT;
+        Ok((self.host.reopen(&file.fd, flags)?, permit))
     }
 }
 

@@ -175,3 +175,27 @@ fn where_files_are_mapped_they_are_not_read_or_written_past_the_cache() {
     assert_eq!(guest.write_with(node, fh, 0, &[7; 1 << 20], DIRECT, 0).error, 0);
     assert!(is_cached(&path));
 }
+
+#[test]
+fn descriptors_for_direct_io_are_counted_and_without_one_the_cache_is_used() {
+    let Some(disk) = Disk::new("ext4", 512) else { return };
+    std::fs::write(disk.path().join("file"), [7; 8192]).unwrap();
+    let guest = guest_on(FIRST, 0, |options| {
+        options.directory = disk.path().to_owned();
+        options.direct = DirectPolicy::Host;
+        options.dax = DaxPolicy::Never;
+        options.max_descriptors = Some(3);
+    });
+    let node = guest.node("file");
+    let handles = [guest.fh(node, DIRECT), guest.fh(node, DIRECT)];
+    for (fh, held) in handles.into_iter().zip([3, 3]) {
+        assert!(read(&guest, node, fh, 0, 8192, DIRECT) == [7; 8192]);
+        assert_eq!(guest.write_with(node, fh, 0, &[7; 4096], DIRECT, 0).error, 0);
+        assert_eq!(guest.share.live_descriptors(), held);
+    }
+    for fh in handles {
+        let body = ReleaseIn { fh, ..ReleaseIn::default() };
+        guest.call(crate::fuse::opcode::Opcode::Release, node, &[body.as_slice()]).ok();
+    }
+    assert_eq!(guest.share.live_descriptors(), 0);
+}

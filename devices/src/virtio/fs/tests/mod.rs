@@ -1,8 +1,12 @@
 //! The device, and the whole way of a request: from a descriptor chain to a host file and back.
+
 mod device;
 mod direct;
 mod frames;
 mod identity;
 mod locks;
+mod names;
+mod operations;
 mod queue;
+mod session;
 mod window;

@@ -62,10 +62,8 @@ fn a_name_that_is_no_single_component_is_refused_by_every_operation() {
         let longest = [vec![b'x'; 4000], vec![0]].concat();
         assert_eq!(send(&guest, operation, &longest), libc::ENAMETOOLONG, "{:?}", operation.0);
     }
-    let mut left: Vec<_> = std::fs::read_dir(guest.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name())
-        .collect();
+    let mut left: Vec<_> =
+        std::fs::read_dir(guest.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["d", "old"], "nothing was made, moved or removed");
 }

@@ -45,11 +45,9 @@ fn open_takes_no_flag_that_makes_it_more_than_an_open_file() {
 fn nothing_but_a_regular_file_is_ever_opened() {
     let guest = guest();
     // A FIFO whose open would wait for ever, a socket and, where it can be made, a device.
-    for (name, mode, rdev) in [
-        ("fifo", libc::S_IFIFO, 0),
-        ("socket", libc::S_IFSOCK, 0),
-        ("whiteout", libc::S_IFCHR, 0),
-    ] {
+    for (name, mode, rdev) in
+        [("fifo", libc::S_IFIFO, 0), ("socket", libc::S_IFSOCK, 0), ("whiteout", libc::S_IFCHR, 0)]
+    {
         let body = MknodIn { mode: mode | 0o666, rdev, ..MknodIn::default() };
         let name = [name.as_bytes(), b"\0"].concat();
         let made: EntryOut = guest.call(Opcode::Mknod, ROOT_ID, &[body.as_slice(), &name]).get();
