@@ -10,7 +10,8 @@ use super::PROBE;
 #[test]
 fn by_default_a_guest_sees_mapped_data_at_once_and_the_rest_within_a_second() {
     let tree = Tree::with_probe(PROBE);
-    tree.write("mapped", &[1; 8192]);
+    // Large enough to be mapped; smaller files are read.
+    tree.write("mapped", &vec![1; 256 << 10]);
     tree.write("gone", b"gone\n");
     tree.write("changed", b"before\n");
     // With set-id bits it is not mapped: its data go through the guest's page cache.
@@ -24,7 +25,7 @@ fn by_default_a_guest_sees_mapped_data_at_once_and_the_rest_within_a_second() {
         while read -r command; do eval "$command" 2>&1; done
     "#;
     let mut guest = Oriel::run(&["-i", "-v", &tree.at("/s", "")]).script(script).start();
-    for line in ["before", "before", "gone", "mapped 8192"] {
+    for line in ["before", "before", "gone", "mapped 262144"] {
         assert_eq!(guest.hear(), line);
     }
     let host = OpenOptions::new().read(true).write(true).open(tree.path("mapped")).unwrap();
