@@ -17,6 +17,9 @@ const LARGE: u64 = 64 << 20;
 /// For a gibibyte each way where KVM is emulated.
 const SLOW: Duration = Duration::from_secs(600);
 
+/// Whoever is refused is not left waiting. Generous: an emulated machine may be at something else for seconds.
+const SOON: Duration = Duration::from_secs(20);
+
 /// A guest whose probe listens and connects.
 struct Guest {
     oriel: Running,
@@ -91,11 +94,11 @@ fn programs_of_the_host_reach_programs_of_the_guest() {
     }
     let start = Instant::now();
     assert!(guest.try_connect(ECHO).is_none(), "nobody listens before the guest is up");
-    assert!(start.elapsed() < Duration::from_secs(2), "and that is said at once");
+    assert!(start.elapsed() < SOON, "and that is said at once");
     assert_eq!(guest.oriel.hear(), "listening");
     let start = Instant::now();
     assert!(guest.try_connect(5).is_none(), "nobody listens on that port");
-    assert!(start.elapsed() < Duration::from_secs(5), "and that is said at once");
+    assert!(start.elapsed() < SOON, "and that is said at once");
 
     // One end closes its direction, and the other goes on.
     let mut echo = guest.connect(ECHO);
