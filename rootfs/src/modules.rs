@@ -15,6 +15,9 @@ pub(crate) fn load(files: &[String]) -> Result<()> {
             .with_context(|| format!("cannot open kernel module {}", path.display()))?;
         match rustix::system::finit_module(&module, c"", 0) {
             Ok(()) | Err(Errno::EXIST) => {}
+            // A kernel that has no modules at all has built in what it has. That of kernel-config/build is one, and
+            // is installed beside the modules of the distribution's.
+            Err(Errno::NOSYS) => {}
             // One that is built in collides with itself in some other way.
             Err(_) if Path::new("/sys/module").join(name(file)).exists() => {}
             Err(error) => {
