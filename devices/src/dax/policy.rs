@@ -5,6 +5,7 @@
 //! each. Those without are read through the guest's page cache, as without DAX.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -65,19 +66,30 @@ struct State {
 /// Ranges are those of the guest, 2 MiB each. Methods may be called from any thread with any number.
 pub struct Policy {
     /// The most ranges that are promised at a time.
-    most: u64,
+    most: AtomicU64,
     /// Bytes; files up to this are read.
     small: u64,
     state: Mutex<State>,
+}
+
+/// The most ranges that are promised of a window of so many bytes.
+fn most_of(window: u64) -> u64 {
+    let all = window / ALIGNMENT;
+    all.saturating_sub((all * KEPT_FREE / 100).max(1))
 }
 
 impl Policy {
     /// For a window of `window` bytes. `reads` says whether the guest keeps what it has read; where it does
     /// not, small files are mapped too.
     pub fn new(window: u64, reads: bool) -> Self {
-        let all = window / ALIGNMENT;
-        let most = all.saturating_sub((all * KEPT_FREE / 100).max(1));
+        let most = AtomicU64::new(most_of(window));
         Self { most, small: if reads { SMALL } else { 0 }, state: Mutex::default() }
+    }
+
+    /// The guest knows now that its window has `window` bytes. What was refused a place is not looked at again
+    /// before its next LOOKUP.
+    pub fn window_has_grown(&self, window: u64) {
+        self.most.fetch_max(most_of(window), Relaxed);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -123,10 +135,11 @@ impl Policy {
             return Err(Refusal::Small);
         }
         let ranges = size.div_ceil(ALIGNMENT);
-        if ranges > self.most {
+        let most = self.most.load(Relaxed);
+        if ranges > most {
             return Err(Refusal::Large);
         }
-        let mut room = self.most.saturating_sub(state.used);
+        let mut room = most.saturating_sub(state.used);
         let mut doomed = Vec::new();
         for nodeid in state.idle.values() {
             if room >= ranges {
@@ -243,6 +256,18 @@ mod tests {
         let idle = |node: &&Node| node.opens == 0 && node.ranges > 0;
         assert_eq!(state.idle.len(), state.nodes.values().filter(idle).count());
         state.used
+    }
+
+    #[test]
+    fn a_window_that_has_grown_has_room_for_more() {
+        let policy = policy();
+        assert!(policy.look_up(1, 10 * RANGE));
+        assert!(!policy.look_up(2, 10 * RANGE) && !policy.look_up(3, 20 * RANGE));
+        policy.window_has_grown(50 * RANGE);
+        assert!(policy.look_up(2, 10 * RANGE) && policy.look_up(3, 20 * RANGE));
+        assert!(!policy.look_up(4, RANGE), "a fifth stays free");
+        policy.window_has_grown(0);
+        assert_eq!(used(&policy), 40, "it never shrinks");
     }
 
     #[test]

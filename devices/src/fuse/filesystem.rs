@@ -123,6 +123,12 @@ pub trait FileSystem: Send + Sync {
         Vec::new()
     }
 
+    /// The guest knows now that its DAX window has `size` bytes, more than before. Called by a vCPU's thread: must
+    /// not block.
+    fn window_has_grown(&self, size: u64) {
+        let _ = size;
+    }
+
     /// A session begins or ends: drops every node but the root, and every handle. Node ids and handles that
     /// were given out before are never valid again. Requests may still be running; what they hold goes when
     /// they end. Idempotent.

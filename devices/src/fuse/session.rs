@@ -135,6 +135,11 @@ impl Session {
         &self.counters
     }
 
+    /// See [`FileSystem::window_has_grown`].
+    pub fn window_has_grown(&self, size: u64) {
+        self.fs.window_has_grown(size);
+    }
+
     /// The counters with their names, and what the window and the file system add to them.
     pub fn snapshot(&self) -> Vec<(&'static str, u64)> {
         let mut all = self.counters.snapshot();

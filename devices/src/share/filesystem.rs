@@ -36,6 +36,12 @@ impl FileSystem for Share {
         self.mapped.iter().flat_map(Policy::statistics).collect()
     }
 
+    fn window_has_grown(&self, size: u64) {
+        if let Some(mapped) = &self.mapped {
+            mapped.window_has_grown(size);
+        }
+    }
+
     fn clear(&self) {
         self.handles.clear();
         // After the handles: a request that finds one of them from now on sets no lock any more.

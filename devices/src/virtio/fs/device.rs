@@ -171,7 +171,9 @@ impl VirtioDevice for FsDevice {
 
     fn read_shared_memory_size(&self) -> u64 {
         let size = self.window.as_ref().map_or(0, |window| window.dax.size());
-        self.told.store(size, Ordering::Release);
+        if self.told.fetch_max(size, Ordering::AcqRel) < size {
+            self.server.window_has_grown(size);
+        }
         size
     }
 

@@ -32,6 +32,12 @@ pub trait Server: Send + Sync {
     /// Forgets the session: the driver has reset the device. No request is being served. Those that were to
     /// be answered later are not any more: their completions have no effect. Idempotent.
     fn reset(&self);
+
+    /// The driver has read that its DAX window is `size` bytes long, which is more than the last time. Must not
+    /// block: a vCPU is waiting.
+    fn window_has_grown(&self, size: u64) {
+        let _ = size;
+    }
 }
 
 /// What a device usually stands in front of: one FUSE session.
@@ -51,5 +57,9 @@ impl Server for crate::fuse::Session {
 
     fn reset(&self) {
         self.reset();
+    }
+
+    fn window_has_grown(&self, size: u64) {
+        self.window_has_grown(size);
     }
 }

@@ -1,14 +1,16 @@
 //! A window that grows, as a driver sees it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use crate::dax;
 use crate::memory::GuestBuffer;
 use crate::virtio::fs::*;
 use crate::virtio::testing::*;
 
-/// Answers nothing.
-struct Nothing;
+/// Answers nothing, and notes how large the driver knows its window to be.
+#[derive(Default)]
+struct Nothing(AtomicU64);
 
 impl Server for Nothing {
     fn serve(&self, _: &GuestBuffer<'_>, _: &GuestBuffer<'_>, _: &dyn Deferral) -> Served {
@@ -20,20 +22,30 @@ impl Server for Nothing {
     }
 
     fn reset(&self) {}
+
+    fn window_has_grown(&self, size: u64) {
+        assert!(self.0.swap(size, SeqCst) < size);
+    }
 }
 
 const GIB: u64 = 1 << 30;
 
 /// A device with a window of 2 MiB that can have 12 GiB, and its driver.
 fn growing() -> (Arc<dax::Window>, Arc<FsDevice>, Driver) {
+    let (window, device, driver, _) = serving();
+    (window, device, driver)
+}
+
+fn serving() -> (Arc<dax::Window>, Arc<FsDevice>, Driver, Arc<Nothing>) {
     let window = Arc::new(dax::Window::growable(2 << 20, 12 * GIB).unwrap());
     let slot = Arc::new(crate::pci::testing::Slot::default());
     let shown = Window { dax: window.clone(), slot };
+    let server = Arc::new(Nothing::default());
     let config = Config::new("share", 1).unwrap();
-    let device = FsDevice::new(config, Arc::new(Nothing), Some(shown)).unwrap();
+    let device = FsDevice::new(config, server.clone(), Some(shown)).unwrap();
     let device = Arc::new(device);
     let driver = Driver::new(device.clone());
-    (window, device, driver)
+    (window, device, driver, server)
 }
 
 fn generation(driver: &Driver) -> u64 {
@@ -120,4 +132,16 @@ fn the_two_halves_of_a_length_are_of_one_length() {
     assert_eq!((high, low), (0, 0xffe0_0000), "what it was when the first half was read");
     let [byte] = driver.read_config::<1>(at + 15);
     assert_eq!((driver.config_dword(at + 20), byte), (2, 0x40));
+}
+
+#[test]
+fn the_server_counts_on_no_more_than_the_driver_knows_of() {
+    let (window, _device, driver, server) = serving();
+    assert_eq!(server.0.load(SeqCst), 2 << 20);
+    window.grow(GIB).unwrap();
+    assert_eq!(server.0.load(SeqCst), 2 << 20, "the driver has not looked");
+    for _ in 0..2 {
+        assert_eq!(driver.find(8).unwrap().len, GIB);
+        assert_eq!(server.0.load(SeqCst), GIB);
+    }
 }
