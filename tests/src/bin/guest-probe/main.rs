@@ -8,6 +8,7 @@ mod files;
 mod locks;
 mod map;
 mod vsock;
+mod wander;
 
 use std::process::ExitCode;
 
@@ -22,10 +23,13 @@ fn main() -> ExitCode {
         ["map", file] => map::serve(file.as_ref()),
         ["bench", ref files @ ..] => bench::serve(files),
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
+        ["pages", size, file] => wander::write(size, file.as_ref()),
+        ["wander", file] => wander::wander(file.as_ref()),
         ["vsock"] => vsock::serve(),
         ["vsock-pipe", port] => vsock::pipe(port),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|lock|locks|read-only|map|bench|noise|vsock|vsock-pipe …, not {words:?}"
+            "guest-probe files|lock|locks|read-only|map|bench|noise|pages|wander|vsock|vsock-pipe …, not \
+             {words:?}"
         )),
     };
     match result {
