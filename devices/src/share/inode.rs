@@ -11,15 +11,19 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use rustix::fs::{Statx, StatxFlags};
+use rustix::fs::{Statx, StatxFlags, StatxTimestamp};
 
 use super::budget::Permit;
 use super::file_handle::FileHandle;
 use super::mount::{Mount, Place};
+use super::sys;
 use super::table::{Numbered, Table, shrink};
 use crate::fuse::abi::ROOT_ID;
 use crate::fuse::{Errno, Result};
 use crate::sync::lock;
+
+/// So many nodes are worth going through the heap for: about a megabyte.
+const MANY: usize = 8192;
 
 /// Which file it is, on the host. The mount is part of it: the same directory, mounted in two places, is two
 /// nodes, because the guest has to see each of them in its own place.
@@ -43,9 +47,9 @@ pub(super) enum Which {
 pub(super) struct Named {
     dev: (u32, u32),
     ino: u64,
-    /// So that another file with a number that is used again is another file: seconds and nanoseconds, where
-    /// there is a birth time that never changes.
-    birth: Option<(i64, u32)>,
+    /// So that another file with a number that is used again is another file: nanoseconds since 1970, 0 where
+    /// there is no birth time that never changes.
+    birth: i64,
     /// Where it was found last. None when it has no name that is known.
     place: Mutex<Option<Place>>,
 }
@@ -57,7 +61,7 @@ impl Named {
         Self {
             dev: (stat.stx_dev_major, stat.stx_dev_minor),
             ino: stat.stx_ino,
-            birth: has_birth.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)),
+            birth: if has_birth { nanoseconds(&stat.stx_btime) } else { 0 },
             place: Mutex::new(None),
         }
     }
@@ -85,6 +89,11 @@ impl Named {
             *place = None;
         }
     }
+}
+
+/// Nanoseconds since 1970. Wraps in the year 2262, which tells no two files less apart.
+fn nanoseconds(time: &StatxTimestamp) -> i64 {
+    time.tv_sec.wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.into())
 }
 
 impl PartialEq for Named {
@@ -299,12 +308,13 @@ impl Inodes {
     /// Gives `count` lookups back. The root stays; a count that is too large is one that is exact; a node
     /// that is not there is nothing.
     ///
-    /// True if the node is gone now.
+    /// True if the node is gone now. When there are far fewer than there were, their memory goes back to the
+    /// host.
     pub(super) fn forget(&self, nodeid: u64, count: u64) -> bool {
         if nodeid == ROOT_ID {
             return false;
         }
-        let removed = {
+        let (removed, shrunk) = {
             let mut state = self.write();
             let Ok(inode) = state.table.get(nodeid) else {
                 return false;
@@ -314,10 +324,15 @@ impl Inodes {
             if left > 0 {
                 return false;
             }
-            state.remove(nodeid)
+            let before = state.by_identity.capacity();
+            let removed = state.remove(nodeid);
+            (removed, before >= MANY && state.by_identity.capacity() < before)
         };
         // Closes the descriptor of one that was kept, outside the lock.
         drop(removed);
+        if shrunk {
+            sys::return_free_memory();
+        }
         true
     }
 
@@ -330,7 +345,11 @@ impl Inodes {
             let kept = std::mem::take(&mut state.kept);
             (state.table.drain(|inode| inode.nodeid == ROOT_ID), kept)
         };
+        let many = removed.0.len() >= MANY;
         drop(removed);
+        if many {
+            sys::return_free_memory();
+        }
     }
 
     /// Holds the file of a node open until the node is forgotten. Nothing if it is forgotten already.
@@ -386,5 +405,6 @@ mod tests {
     #[test]
     fn a_node_is_small() {
         assert!(size_of::<Inode>() <= 64, "{}", size_of::<Inode>());
+        assert!(size_of::<Named>() <= 56, "{}", size_of::<Named>());
     }
 }

@@ -163,8 +163,8 @@ pub struct Options {
     /// Whether nodes are reached by the host's file handles, where the file system has them and the process
     /// is allowed to use them (CAP_DAC_READ_SEARCH). Otherwise, and without, they are reached by name.
     pub file_handles: bool,
-    /// The most nodes the guest may know at a time, the root among them. Each costs some 130 bytes (without
-    /// file handles 250, and its name) and no descriptor. By default 1,048,576.
+    /// The most nodes the guest may know at a time, the root among them. Each costs some 140 bytes (without
+    /// file handles 220) and no descriptor. By default 1,048,576.
     pub max_inodes: Option<usize>,
     /// The most files and directories the guest may have open at a time. By default a quarter of what the
     /// process may open (`RLIMIT_NOFILE`) when the share is made.
@@ -269,7 +269,7 @@ impl Options {
     }
 
     pub(super) fn caps(&self) -> Caps {
-        /// 130 MiB of nodes, and more files than most hosts have in a directory.
+        /// 140 MiB of nodes, and more files than most hosts have in a directory.
         const INODES: usize = 1 << 20;
         const BUFFERS: usize = 64 << 20;
         let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);

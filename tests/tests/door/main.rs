@@ -9,6 +9,7 @@
 mod caching;
 mod identity;
 mod locks;
+mod mounts;
 mod operations;
 mod readme;
 mod smoke;

@@ -14,6 +14,7 @@ mod kernels;
 mod locks;
 mod memory;
 mod mistakes;
+mod mounts;
 mod roots;
 mod shares;
 mod vsock;

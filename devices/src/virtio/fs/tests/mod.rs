@@ -6,6 +6,7 @@ mod frames;
 mod identity;
 mod locks;
 mod names;
+mod nodes;
 mod operations;
 mod queue;
 mod session;
