@@ -1,6 +1,7 @@
 //! Unix sockets that this process listens on, and their names in the file system.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
@@ -13,8 +14,10 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
-/// Longest path of a socket in bytes (`sun_path` of `linux/un.h`, with its end).
-pub const PATH_MAX: usize = 107;
+/// Bytes of `sun_path` (`linux/un.h`) without its end.
+pub const SUN_PATH: usize = 107;
+/// Longest path of a socket in bytes: until it can be used its name has a dot and a process id more.
+const PATH_MAX: usize = SUN_PATH - ".4194304".len();
 
 /// Most clients that have connected and were not taken yet. The host's kernel cuts it to what it allows.
 const BACKLOG: i32 = 4096;
@@ -41,27 +44,32 @@ impl ListeningSocket {
     /// When something else is there; [`InUse`]; the host's errors.
     pub fn new(path: &Path) -> Result<Self> {
         let name = path.display();
-        let address = SocketAddrUnix::new(path).with_context(|| {
-            format!("{name} is too long for a socket; name a path of at most {PATH_MAX} bytes")
-        })?;
+        if path.as_os_str().len() > PATH_MAX {
+            bail!("{name} is too long for a socket; name a path of at most {PATH_MAX} bytes");
+        }
+        let mut new = path.as_os_str().to_owned();
+        new.push(format!(".{}", std::process::id()));
+        let new = PathBuf::from(new);
         let socket = socket(SocketFlags::empty())?;
         // Before it has a name, so that it never is anybody else's.
         fchmod(&socket, Mode::RUSR | Mode::WUSR).context("socket")?;
-        let bound = match bind(&socket, &address) {
-            Err(Errno::ADDRINUSE) => {
-                remove_left_over(path)?;
-                bind(&socket, &address)
-            }
-            bound => bound,
-        };
-        bound.with_context(|| format!("{name} cannot be made"))?;
-        let made = fs::symlink_metadata(path).with_context(|| format!("{name} is gone"))?;
-        let listening = Self {
-            listener: socket.into(),
-            path: path.to_owned(),
-            identity: (made.dev(), made.ino()),
-        };
+        bind(&socket, &SocketAddrUnix::new(&new)?)
+            .with_context(|| format!("{name} cannot be made"))?;
+        let made = fs::symlink_metadata(&new).with_context(|| format!("{name} is gone"))?;
+        let mut listening =
+            Self { listener: socket.into(), path: new.clone(), identity: (made.dev(), made.ino()) };
         listen(&listening.listener, BACKLOG).with_context(|| format!("{name}"))?;
+        // It has its name only now, so that whoever waits for the name can connect at once.
+        match fs::hard_link(&new, path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                remove_left_over(path)?;
+                fs::hard_link(&new, path)
+            }
+            named => named,
+        }
+        .with_context(|| format!("{name} cannot be made"))?;
+        fs::remove_file(&new).with_context(|| format!("{} stays", new.display()))?;
+        listening.path = path.to_owned();
         Ok(listening)
     }
 
@@ -109,7 +117,7 @@ fn remove_left_over(path: &Path) -> Result<()> {
         Err(error) => return Err(error).with_context(|| format!("{name} cannot be looked at")),
     }
     match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("{name} stays"))
         }
         _ => Ok(()),
@@ -120,6 +128,7 @@ fn remove_left_over(path: &Path) -> Result<()> {
 mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::os::unix::net::UnixStream;
+    use std::thread;
 
     use super::*;
 
@@ -133,6 +142,27 @@ mod tests {
         socket.listener().accept().unwrap();
         drop((socket, client));
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn whoever_sees_the_name_can_connect() {
+        let directory = tempfile::tempdir().unwrap();
+        for round in 0..50 {
+            let path = directory.path().join(format!("{round}"));
+            let client = thread::spawn({
+                let path = path.clone();
+                move || {
+                    loop {
+                        match UnixStream::connect(&path) {
+                            Err(error) if error.kind() == ErrorKind::NotFound => {}
+                            connected => return connected.map(drop),
+                        }
+                    }
+                }
+            });
+            let _socket = ListeningSocket::new(&path).unwrap();
+            client.join().unwrap().unwrap();
+        }
     }
 
     #[test]
@@ -180,7 +210,9 @@ mod tests {
     #[test]
     fn a_path_that_no_socket_can_have_is_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let long = directory.path().join("x".repeat(PATH_MAX));
+        let room = PATH_MAX - directory.path().as_os_str().len() - 1;
+        ListeningSocket::new(&directory.path().join("x".repeat(room))).unwrap();
+        let long = directory.path().join("x".repeat(room + 1));
         assert!(ListeningSocket::new(&long).unwrap_err().to_string().contains("at most"));
         assert!(ListeningSocket::new(&directory.path().join("absent/socket")).is_err());
     }

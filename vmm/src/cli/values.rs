@@ -7,7 +7,7 @@ use std::time::Duration;
 use devices::virtio::vsock;
 
 use crate::machine::memory::{Backend, HugePage, MemoryConfig};
-use crate::socket::PATH_MAX;
+use crate::socket::SUN_PATH;
 
 /// Window sizes and RAM sizes are multiples of this: the guest maps files 2 MiB at a time, and huge pages
 /// are as large.
@@ -160,10 +160,10 @@ impl FromStr for VsockArg {
         if path.is_empty() {
             return Err("write PATH[,cid=N]".into());
         }
-        if path.len() + LONGEST_PORT > PATH_MAX {
+        if path.len() + LONGEST_PORT > SUN_PATH {
             return Err(format!(
                 "{path:?} is too long for sockets beside it; name one of {} bytes or less",
-                PATH_MAX - LONGEST_PORT
+                SUN_PATH - LONGEST_PORT
             ));
         }
         let cid = match options.split_once('=') {
