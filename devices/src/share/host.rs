@@ -59,6 +59,13 @@ pub(super) fn find_path(directory: impl AsFd, names: &[u8]) -> Result<OwnedFd> {
     find(directory, &path)
 }
 
+/// A path of the file behind a descriptor, for system calls on attributes, which take no directory. None opens
+/// the file, so that it may be of any kind. It is to be followed.
+pub(super) fn path(fd: impl AsFd) -> Result<CString> {
+    let number = DecInt::from_fd(&fd);
+    CString::new([b"/proc/self/fd/", number.as_bytes()].concat()).map_err(|_| Errno::INVAL)
+}
+
 /// Opens the directory `name` in `directory` for reading.
 pub(super) fn open_directory(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;

@@ -2,10 +2,11 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use rustix::fs::{
-    AtFlags, Mode, OFlags, XattrFlags, chmodat, fgetxattr, flistxattr, fremovexattr, fsetxattr,
+    AtFlags, Mode, XattrFlags, chmodat, fgetxattr, fremovexattr, getxattr, listxattr, removexattr,
+    setxattr,
 };
 
 use super::{Share, XattrPolicy, acl, host};
@@ -112,14 +113,6 @@ impl Share {
         }
     }
 
-    /// The file of an operation, opened. Nothing but a regular file or a directory ever is: `otherwise` for any
-    /// other kind. (`user.*` is not allowed there in any case: xattr(7).)
-    fn with_attributes(&self, caller: Caller, otherwise: Errno) -> Result<OwnedFd> {
-        let inode = self.inodes.get(caller.nodeid)?;
-        inode.check_openable().map_err(|_| otherwise)?;
-        self.host.reopen(self.file(&inode)?, OFlags::RDONLY)
-    }
-
     /// SETXATTR. `kill_sgid` comes with an ACL that is set by somebody who may not have sgid on that file.
     pub(super) fn set_xattr(
         &self,
@@ -136,18 +129,17 @@ impl Share {
             .ok_or(Errno::INVAL)?;
         let host_name = self.host_name(name)?;
         let is_acl = acl::is_acl(name.to_bytes());
-        // That there are no ACLs is what lets a copying program do with the mode alone.
-        let otherwise = if is_acl { Errno::OPNOTSUPP } else { Errno::PERM };
-        let file = self.with_attributes(caller, otherwise)?;
+        let inode = self.inodes.get(caller.nodeid)?;
+        let file = self.file(&inode)?;
         if !is_acl {
-            return Ok(fsetxattr(file, &*host_name, value, flags)?);
+            return Ok(setxattr(host::path(&file)?, &*host_name, value, flags)?);
         }
         let translated = acl::to_host(value, &self.options.uids, &self.options.gids)?;
         // The host would leave it to this process, which may have it. Before: rather a bit lost than one kept.
         if kill_sgid {
             self.clear_sgid(&file)?;
         }
-        Ok(fsetxattr(file, &*host_name, &translated, flags)?)
+        Ok(setxattr(host::path(&file)?, &*host_name, &translated, flags)?)
     }
 
     fn clear_sgid(&self, file: impl AsFd) -> Result<()> {
@@ -163,9 +155,11 @@ impl Share {
     pub(super) fn get_xattr(&self, caller: Caller, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_attributes()?;
         let host_name = self.host_name(name)?;
-        let file = self.with_attributes(caller, Errno::NODATA)?;
+        let inode = self.inodes.get(caller.nodeid)?;
+        let file = self.file(&inode)?;
+        let path = host::path(&file)?;
         let _buffer = self.buffers.take(XATTR_MAX)?;
-        let value = read_all(|value| fgetxattr(&file, &*host_name, value))?;
+        let value = read_all(|value| getxattr(&path, &*host_name, value))?;
         let value = match acl::is_acl(name.to_bytes()) {
             true => acl::to_guest(&value, &self.options.uids, &self.options.gids)?,
             false => value,
@@ -175,12 +169,11 @@ impl Share {
 
     pub(super) fn list_xattrs(&self, caller: Caller, size: u32) -> Result<XattrReply> {
         self.check_attributes()?;
-        let file = match self.with_attributes(caller, Errno::NODATA) {
-            Err(Errno::NODATA) => return answer(Vec::new(), size),
-            file => file?,
-        };
+        let inode = self.inodes.get(caller.nodeid)?;
+        let file = self.file(&inode)?;
+        let path = host::path(&file)?;
         let _buffer = self.buffers.take(XATTR_MAX)?;
-        let names = read_all(|names| flistxattr(&file, names))?;
+        let names = read_all(|names| listxattr(&path, names))?;
         let mut listed = Vec::with_capacity(names.len());
         for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
             if let Some(name) = self.guest_name(name) {
@@ -195,8 +188,9 @@ impl Share {
         self.check_attributes()?;
         self.check_writable()?;
         let host_name = self.host_name(name)?;
-        let file = self.with_attributes(caller, Errno::NODATA)?;
-        Ok(fremovexattr(file, &*host_name)?)
+        let inode = self.inodes.get(caller.nodeid)?;
+        let file = self.file(&inode)?;
+        Ok(removexattr(host::path(&file)?, &*host_name)?)
     }
 
     /// Takes the guest's file capabilities from a regular file whose content or owner changed, as the host's

@@ -202,6 +202,7 @@ fn named(user: u32, group: u32) -> Vec<u8> {
     acl(&[(1, 7, none), (2, 6, user), (4, 5, none), (8, 4, group), (16, 7, none), (32, 0, none)])
 }
 
+/// Also sets any other attribute of a guest that has negotiated ACLs, whose requests are longer.
 fn set_acl(guest: &Guest, node: u64, name: &str, value: &[u8], setxattr_flags: u32) -> Answer {
     let body = SetxattrIn { size: value.len() as u32, flags: 0 };
     let more = SetxattrIn2 { setxattr_flags, padding: 0 };
@@ -238,12 +239,34 @@ fn an_acl_names_the_guests_ids_in_the_guest_and_the_hosts_on_the_host() {
 }
 
 #[test]
-fn what_is_neither_a_regular_file_nor_a_directory_has_no_acls() {
-    let guest = Guest::with(|options| options.acl = true);
+fn files_that_are_never_opened_have_acls_and_attributes_as_on_the_host() {
+    let guest = Guest::with(|options| {
+        options.acl = true;
+        options.xattr = XattrPolicy::On;
+    });
     let fifo: EntryOut = super::mknod(&guest, "fifo", libc::S_IFIFO | 0o600, 0).get();
-    let set = set_acl(&guest, fifo.nodeid, ACCESS, &named(5, 6), 0);
-    assert_eq!(set.error, libc::EOPNOTSUPP, "with EPERM, cp --archive gives up");
-    assert_eq!(getxattr(&guest, fifo.nodeid, ACCESS, 100).error, libc::ENODATA);
+    let link: EntryOut = super::symlink(&guest, ROOT_ID, "link", "nowhere").get();
+    set_acl(&guest, fifo.nodeid, ACCESS, &named(5, 6), 0).ok();
+    assert_eq!(getxattr(&guest, fifo.nodeid, ACCESS, 100).body, named(5, 6));
+    assert_eq!(list(&guest, fifo.nodeid), [ACCESS]);
+    assert_eq!(set_acl(&guest, link.nodeid, ACCESS, &named(5, 6), 0).error, libc::EOPNOTSUPP);
+    for node in [fifo.nodeid, link.nodeid] {
+        assert_eq!(set_acl(&guest, node, "user.x", b"v", 0).error, libc::EPERM, "{node}");
+        assert_eq!(getxattr(&guest, node, "user.x", 9).error, libc::ENODATA, "{node}");
+    }
+    if !rustix::process::geteuid().is_root() {
+        return; // trusted.* is root's.
+    }
+    for (node, name) in [(fifo.nodeid, "fifo"), (link.nodeid, "link")] {
+        set_acl(&guest, node, "trusted.x", b"v", 0).ok();
+        assert_eq!(getxattr(&guest, node, "trusted.x", 9).body, b"v", "{name}");
+        assert!(list(&guest, node).contains(&"trusted.x".into()), "{name}");
+        let mut value = [0; 9];
+        let path = guest.path().join(name);
+        assert_eq!(rustix::fs::lgetxattr(path, "trusted.x", &mut value), Ok(1), "{name}");
+        removexattr(&guest, node, "trusted.x").ok();
+        assert_eq!(getxattr(&guest, node, "trusted.x", 9).error, libc::ENODATA, "{name}");
+    }
 }
 
 #[test]
