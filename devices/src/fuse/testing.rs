@@ -79,7 +79,7 @@ impl Completion for LaterReply {
 }
 
 /// Serves a request, and waits for a reply that comes later.
-fn serve(session: &Session, request: &mut [u8], reply: &mut [u8]) -> u32 {
+pub(crate) fn serve(session: &Session, request: &mut [u8], reply: &mut [u8]) -> u32 {
     let (sender, replies) = mpsc::channel();
     let buffer = GuestBuffer::from_slice(reply);
     let served = session.serve(&GuestBuffer::from_slice(request), &buffer, &LaterReply(sender));

@@ -1,5 +1,6 @@
 //! The device, and the whole way of a request: from a descriptor chain to a host file and back.
 
+mod dax;
 mod device;
 mod direct;
 mod frames;
