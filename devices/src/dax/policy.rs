@@ -72,24 +72,42 @@ pub struct Policy {
     state: Mutex<State>,
 }
 
-/// The most ranges that are promised of a window of so many bytes.
-fn most_of(window: u64) -> u64 {
-    let all = window / ALIGNMENT;
-    all.saturating_sub((all * KEPT_FREE / 100).max(1))
+/// The most ranges that are promised of a window of so many.
+fn most_of(all: u64) -> u64 {
+    all.saturating_sub((all.saturating_mul(KEPT_FREE) / 100).max(1))
 }
 
 impl Policy {
+    /// What the guest maps at a time, in bytes.
+    pub const RANGE: u64 = ALIGNMENT;
+
+    /// Ranges that a file of `size` bytes takes when it is mapped; 0 when it is read, which small ones are if
+    /// `reads`.
+    pub fn ranges_of(size: u64, reads: bool) -> u64 {
+        if reads && size <= SMALL { 0 } else { size.div_ceil(ALIGNMENT) }
+    }
+
+    /// The least window in which so many ranges can be promised, in bytes.
+    pub fn window_for(ranges: u64) -> u64 {
+        let about = ranges.saturating_mul(100) / (100 - KEPT_FREE);
+        // Both divisions round down.
+        let mut near = about.saturating_sub(1)..about.saturating_add(3);
+        let all = near.find(|all| most_of(*all) >= ranges);
+        let all = all.unwrap_or(about);
+        all.saturating_mul(ALIGNMENT)
+    }
+
     /// For a window of `window` bytes. `reads` says whether the guest keeps what it has read; where it does
     /// not, small files are mapped too.
     pub fn new(window: u64, reads: bool) -> Self {
-        let most = AtomicU64::new(most_of(window));
+        let most = AtomicU64::new(most_of(window / ALIGNMENT));
         Self { most, small: if reads { SMALL } else { 0 }, state: Mutex::default() }
     }
 
     /// The guest knows now that its window has `window` bytes. What was refused a place is not looked at again
     /// before its next LOOKUP.
     pub fn window_has_grown(&self, window: u64) {
-        self.most.fetch_max(most_of(window), Relaxed);
+        self.most.fetch_max(most_of(window / ALIGNMENT), Relaxed);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -370,6 +388,20 @@ mod tests {
         policy.closed(1);
         assert_eq!((used(&policy), policy.is_mapped(1)), (0, false));
         assert!(policy.state().nodes.is_empty());
+    }
+
+    #[test]
+    fn a_window_is_as_large_as_what_is_promised_in_it_needs_and_no_larger() {
+        let most = |window| Policy::new(window, true).most.load(Relaxed);
+        for ranges in 1..3000 {
+            let window = Policy::window_for(ranges);
+            assert_eq!(most(window), ranges, "{ranges}");
+            assert!(most(window - RANGE) < ranges, "{ranges}");
+        }
+        assert!(Policy::window_for(u64::MAX) > 0);
+        let sizes = [0, SMALL, SMALL + 1, RANGE + 1];
+        assert_eq!(sizes.map(|size| Policy::ranges_of(size, true)), [0, 0, 1, 2]);
+        assert_eq!(sizes.map(|size| Policy::ranges_of(size, false)), [0, 1, 1, 2]);
     }
 
     #[test]

@@ -59,15 +59,19 @@ pub struct RunArgs {
     /// locks=host|guest: whether the guest's locks on files (fcntl, flock) hold against the host's processes and
     /// other sandboxes (the default), or among the guest's own processes only.
     ///
-    /// dax=never|inode|always: which files are mapped straight from the host's page cache: none, those that
-    /// the host picks (the default), or all.
-    ///
     /// direct=buffered|host: what a program's O_DIRECT does on the host, whatever its alignment: buffered (the
     /// default) ends in the guest, and data goes through the host's page cache; host passes that by too, where
     /// its file system takes the request. host only with dax=never.
     ///
-    /// window=SIZE: address space for those mappings, a multiple of 2M, default 512M; costs the guest 1/64 of
-    /// it in RAM. window-max=SIZE: how large `oriel share resize` may make it while the guest runs.
+    /// dax=never|inode|always: which files are mapped straight from the host's page cache: none, those above
+    /// 128 KiB for which the window has room (inode, the default), or all.
+    ///
+    /// window=SIZE|auto: address space for those mappings, a multiple of 2M; costs the guest 1/64 of it in
+    /// RAM. auto (the default): room for the files of the directory, from 64M to the guest's memory.
+    /// window-max=SIZE: how large `oriel share resize` may make it while the guest runs.
+    ///
+    /// prefault=auto|never: whether pages of files that are read in order are entered into the guest's page
+    /// tables ahead of its faults.
     ///
     /// queues=N: request queues, default one for each CPU. tag=NAME: the device's name in the guest.
     #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]

@@ -11,8 +11,6 @@ use super::values::{duration, size_in_units};
 
 /// Length of a tag (virtio 1.3, 5.11.4).
 const TAG_MAX: usize = 36;
-/// Window of a share that names none. The guest spends 1/64 of it as bookkeeping in its own RAM.
-const WINDOW_DEFAULT: u64 = 512 << 20;
 /// More queues than this would each cost a thread and an interrupt without a vCPU to use them.
 const QUEUES_MAX: u16 = 64;
 
@@ -50,12 +48,12 @@ pub struct ShareOptions {
     pub dax: Dax,
     /// What a guest's O_DIRECT does on the host.
     pub direct: DirectPolicy,
-    /// Bytes of the DAX window; 0 with `dax=never`.
-    pub window: u64,
+    /// Bytes of the DAX window; 0 with `dax=never`; chosen when not given.
+    pub window: Option<u64>,
     /// Pages of files that are read in order are entered ahead of the guest's faults.
     pub prefault: bool,
-    /// Bytes that it can grow to, at least as many.
-    pub window_max: u64,
+    /// Bytes that it can grow to; as large as it is when not given.
+    pub window_max: Option<u64>,
     /// Request queues; as many as vCPUs when not given.
     pub queues: Option<u16>,
     /// Root only: writes stay in the guest.
@@ -80,9 +78,9 @@ impl ShareOptions {
             locks: LockPolicy::default(),
             dax: Dax::Inode,
             direct: DirectPolicy::default(),
-            window: WINDOW_DEFAULT,
+            window: None,
             prefault: true,
-            window_max: 0,
+            window_max: None,
             queues: None,
             overlay: false,
         };
@@ -114,7 +112,8 @@ impl ShareOptions {
                 ("direct", mode) => {
                     return Err(format!("{mode:?} is no way of O_DIRECT; write buffered or host"));
                 }
-                ("window", size) => window = Some(size_in_units(size).map_err(named)?),
+                ("window", "auto") => window = Some(None),
+                ("window", size) => window = Some(Some(size_in_units(size).map_err(named)?)),
                 ("prefault", mode) => options.prefault = parse_prefault(mode)?,
                 ("window-max", size) => window_max = Some(size_in_units(size).map_err(named)?),
                 ("queues", count) => options.queues = Some(parse_queues(count)?),
@@ -129,25 +128,27 @@ impl ShareOptions {
                 }
             }
         }
-        options.window = match (options.dax, window.or(window_max)) {
-            (Dax::Never, Some(_)) => {
+        if options.dax == Dax::Never {
+            if window.is_some() || window_max.is_some() {
                 return Err("a window is of no use with dax=never; leave one of the two".into());
             }
-            (Dax::Never, None) => 0,
-            (_, _) => window.unwrap_or(options.window),
-        };
-        options.window_max = window_max.unwrap_or(options.window);
+            window = Some(Some(0));
+        }
+        options.window = window.flatten();
+        options.window_max = window_max;
         options.check()?;
         Ok(options)
     }
 
     /// What contradicts itself.
     fn check(&self) -> Result<(), String> {
-        if self.window_max < self.window {
+        if let (Some(window), Some(max)) = (self.window, self.window_max)
+            && max < window
+        {
             return Err(format!(
                 "window-max={}M is less than the window of {}M; give more, or a smaller window=",
-                self.window_max >> 20,
-                self.window >> 20
+                max >> 20,
+                window >> 20
             ));
         }
         if self.overlay && self.read_only {
@@ -331,8 +332,7 @@ mod tests {
             tag: Some("t".into()),
             cache: CachePolicy::Never,
             dax: Dax::Always,
-            window: 4 << 20,
-            window_max: 4 << 20,
+            window: Some(4 << 20),
             queues: Some(2),
             locks: LockPolicy::Guest,
             ..options("")
@@ -343,13 +343,13 @@ mod tests {
             (options("").locks, options("locks=host").locks),
             (LockPolicy::Host, LockPolicy::Host)
         );
-        assert_eq!(options("dax=never").window, 0);
+        assert_eq!(options("dax=never").window, Some(0));
+        assert_eq!((options("").window, options("window=auto").window), (None, None));
         assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
         assert_eq!(options("dax=never,direct=host").direct, DirectPolicy::Host);
         assert_eq!(options("direct=buffered").direct, DirectPolicy::Buffered);
         let grows = options("window=4M,window-max=8G");
-        assert_eq!((grows.window, grows.window_max), (4 << 20, 8 << 30));
-        assert_eq!(options("window-max=8G").window, WINDOW_DEFAULT);
+        assert_eq!((grows.window, grows.window_max), (Some(4 << 20), Some(8 << 30)));
     }
 
     #[test]
@@ -397,7 +397,6 @@ mod tests {
             ("a:/b:window=4M,dax=never", "dax=never"),
             ("a:/b:window-max=4M,dax=never", "dax=never"),
             ("a:/b:window=4M,window-max=2M", "window-max=2M"),
-            ("a:/b:window-max=2M", "512M"),
             ("a:/b:window-max=5M", "2 MiB"),
             ("a:/b:queues=0", "queues"),
             ("a:/b:tag=", "tag"),

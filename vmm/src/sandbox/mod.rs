@@ -8,6 +8,7 @@ mod streams;
 mod supervisor;
 mod terminal;
 mod userns;
+mod window;
 
 use std::fs::File;
 use std::io::Write;
@@ -221,7 +222,7 @@ fn served(
         Dax::Inode => DaxPolicy::Inode,
         Dax::Always => DaxPolicy::Always,
     };
-    served.window = Some(options.window);
+    served.window = Some(share.window.bytes);
     Ok(served)
 }
 
@@ -235,10 +236,10 @@ fn add_share(
 ) -> Result<RunningShare> {
     let name = share.host.display();
     let options = &share.options;
-    let window = match options.window {
+    let window = match share.window.bytes {
         0 => None,
         size => {
-            let max = options.window_max;
+            let max = share.window.max;
             let window = Window::growable(size, max).with_context(|| {
                 format!("--share {name}: no address space for a window of {} MiB", max >> 20)
             })?;
@@ -259,11 +260,12 @@ fn add_share(
         format!(
             "--share {name}: the guest has no room for a window of {} MiB; give it a smaller window= or \
              window-max=",
-            options.window_max >> 20
+            share.window.max >> 20
         )
     })?;
     let (tag, guest) = (share.tag.clone(), share.guest.clone());
-    Ok(RunningShare { tag, guest, session, window, device })
+    let window_reason = share.window.reason.clone();
+    Ok(RunningShare { tag, guest, session, window, window_reason, device })
 }
 
 fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {

@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use devices::share::CachePolicy;
 use oriel_init::initramfs;
-use oriel_init::protocol::{Config, Process, Root, Share};
+use oriel_init::protocol::{Config, Dax, Process, Root, Share};
 
+use super::window::WindowChoice;
 use crate::cli::{InitrdSource, RunArgs, ShareOptions, UsageError};
 use crate::kernel::{Assets, BootImage, Kernel};
 
@@ -25,6 +27,8 @@ pub struct PlannedShare {
     pub tag: String,
     /// How.
     pub options: ShareOptions,
+    /// Its DAX window.
+    pub window: WindowChoice,
 }
 
 /// All shares: the root first, if there is one.
@@ -51,8 +55,20 @@ pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
             .into());
         }
         check_directory(host).with_context(|| format!("{option} {}", host.display()))?;
-        let (host, guest) = (host.clone(), guest.to_string());
-        planned.push(PlannedShare { host, guest, tag, options: options.clone() });
+        let window = WindowChoice::asked(options.window.unwrap_or(0), options.window_max);
+        let (host, guest, options) = (host.clone(), guest.to_string(), options.clone());
+        planned.push(PlannedShare { host, guest, tag, options, window });
+    }
+    let undecided = |share: &PlannedShare| share.options.window.is_none();
+    let windows = planned.iter().filter(|share| undecided(share)).count();
+    for share in planned.iter_mut().filter(|share| undecided(share)) {
+        let ShareOptions { dax, cache, window_max, .. } = share.options;
+        // Small files are read where the guest keeps what it has read.
+        let reads = dax == Dax::Inode && matches!(cache, CachePolicy::Auto | CachePolicy::Always);
+        let memory = args.memory.size / windows.max(1) as u64;
+        share.window = WindowChoice::fitting(&share.host, reads, memory, window_max);
+        let (bytes, reason) = (share.window.bytes >> 20, &share.window.reason);
+        log::info!("{}: a DAX window of {bytes} MiB: {reason}", share.host.display());
     }
     Ok(planned)
 }
@@ -79,7 +95,7 @@ pub fn boot_image(args: &RunArgs, kernel: Kernel, shares: &[PlannedShare]) -> Re
             if let Some(root) = args.root.is_some().then(|| shares.first()).flatten() {
                 let access = if root.options.read_only { "ro" } else { "rw" };
                 cmdline += &format!(" root={} rootfstype=virtiofs {access}", root.tag);
-                if root.options.window > 0 {
+                if root.options.dax != Dax::Never {
                     cmdline += &format!(" rootflags={}", dax_option(root));
                 }
             }

@@ -21,6 +21,8 @@ pub struct RunningShare {
     pub session: Arc<Session>,
     /// Its DAX window, if it has one.
     pub window: Option<Arc<Window>>,
+    /// Why the window was made as large as it was.
+    pub window_reason: String,
     /// What the guest sees of it.
     pub device: Arc<FsDevice>,
 }
@@ -68,10 +70,10 @@ impl Shares {
                     .into_iter()
                     .map(|(name, value)| (name.to_string(), value.into()))
                     .collect();
-                let window = share
-                    .window
-                    .as_ref()
-                    .map(|window| json!({ "size": window.size(), "max-size": window.max_size() }));
+                let window = share.window.as_ref().map(|window| {
+                    let (size, max) = (window.size(), window.max_size());
+                    json!({ "size": size, "max-size": max, "reason": share.window_reason })
+                });
                 json!({
                     "tag": share.tag, "path": share.guest, "window": window, "counters": counters,
                 })
@@ -123,7 +125,8 @@ mod tests {
             let session = Arc::new(Session::new(Arc::new(files), region));
             let config = fs::Config::new(tag, 1).unwrap();
             let device = Arc::new(FsDevice::new(config, session.clone(), None).unwrap());
-            RunningShare { tag: tag.into(), guest: guest.into(), session, window, device }
+            let (tag, guest, window_reason) = (tag.into(), guest.into(), "as asked".into());
+            RunningShare { tag, guest, session, window, window_reason, device }
         };
         let window = Arc::new(Window::growable(4 * MIB, 16 * MIB).unwrap());
         Shares(vec![running("root", "/", None), running("data", "/data", Some(window))])
@@ -155,7 +158,7 @@ mod tests {
         }
         let stats = shares.answer(Request::Stats {}).unwrap();
         assert_eq!(stats["shares"][0]["window"], Value::Null);
-        let window = json!({ "size": 8 * MIB, "max-size": 16 * MIB });
+        let window = json!({ "size": 8 * MIB, "max-size": 16 * MIB, "reason": "as asked" });
         assert_eq!(stats["shares"][1]["window"], window);
         assert_eq!(stats["shares"][1]["path"], "/data");
         assert_eq!(stats["shares"][1]["counters"]["dax_live"], 0);
