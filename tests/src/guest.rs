@@ -29,6 +29,11 @@ pub fn vmlinuz() -> PathBuf {
     existing(data().join("vmlinuz"))
 }
 
+/// The directory of its modules.
+pub(crate) fn modules() -> PathBuf {
+    data().join("modules")
+}
+
 /// A static busybox.
 pub fn busybox() -> PathBuf {
     existing(data().join("busybox"))

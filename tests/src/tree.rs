@@ -46,6 +46,20 @@ impl Tree {
         tree
     }
 
+    /// What `kernel-config/fetch` brings, where every user can read it.
+    pub fn guest_data() -> Self {
+        let tree = Self::new();
+        copy_executable(&guest::busybox(), &tree.path("busybox"));
+        copy_executable(&guest::vmlinux(), &tree.path("vmlinux"));
+        fs::create_dir(tree.path("modules")).expect("mkdir");
+        for file in fs::read_dir(guest::modules()).expect("modules") {
+            let file = file.expect("a module");
+            let to = tree.path("modules").join(file.file_name());
+            fs::copy(file.path(), to).expect("copy");
+        }
+        tree
+    }
+
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)

@@ -10,6 +10,7 @@ mod boot;
 mod caching;
 mod commands;
 mod dax;
+mod identity;
 mod kernels;
 mod locks;
 mod memory;
