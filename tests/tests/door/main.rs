@@ -8,6 +8,7 @@
 
 mod caching;
 mod identity;
+mod idmapped;
 mod locks;
 mod mounts;
 mod operations;
