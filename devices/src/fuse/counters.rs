@@ -1,6 +1,7 @@
 //! What a session did, in numbers.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use super::errno::Errno;
 use super::opcode::{OPCODES, Opcode};
@@ -8,10 +9,66 @@ use super::opcode::{OPCODES, Opcode};
 /// One more than the largest opcode.
 const CODES: usize = 64;
 
+/// How many classes of duration there are: see [`latency_bound`].
+pub const LATENCY_CLASSES: usize = 25;
+
+/// log2 of the first bound in nanoseconds. No request is served in less than about a microsecond.
+const FIRST_BOUND: u32 = 10;
+
+/// The longest duration of a class: twice as long as that of the class before, from 1024 ns to 8.6 s. `None` for
+/// the last class, of all that took longer.
+pub fn latency_bound(class: usize) -> Option<Duration> {
+    let exponent = FIRST_BOUND.checked_add(u32::try_from(class).ok()?)?;
+    (class + 1 < LATENCY_CLASSES).then(|| Duration::from_nanos(1 << exponent))
+}
+
+/// The class of a request that took so many nanoseconds.
+fn latency_class(nanoseconds: u64) -> usize {
+    let exponent = u64::BITS - nanoseconds.saturating_sub(1).leading_zeros();
+    (exponent.saturating_sub(FIRST_BOUND) as usize).min(LATENCY_CLASSES - 1)
+}
+
+/// What is counted of one operation.
+struct Operation {
+    requests: AtomicU64,
+    /// Of these, such as were answered with an errno.
+    errors: AtomicU64,
+    /// For how long all that ended were served, from the header's first byte to the last of the reply.
+    nanoseconds: AtomicU64,
+    /// How many of those took how long.
+    latency: [AtomicU64; LATENCY_CLASSES],
+}
+
+impl Operation {
+    const fn new() -> Self {
+        Self {
+            requests: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            nanoseconds: AtomicU64::new(0),
+            latency: [const { AtomicU64::new(0) }; LATENCY_CLASSES],
+        }
+    }
+}
+
+/// What was counted of one operation up to some moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OperationCounts {
+    /// The name of linux/fuse.h, without `FUSE_`.
+    pub name: &'static str,
+    /// Well-formed requests that came.
+    pub requests: u64,
+    /// Of these, such as were answered with an errno. A LOOKUP of a name that is not there is one.
+    pub errors: u64,
+    /// How long serving took, all requests together. One that waited for a lock was served when it was answered.
+    pub nanoseconds: u64,
+    /// How many ended after a duration of each class: see [`latency_bound`].
+    pub latency: [u64; LATENCY_CLASSES],
+}
+
 /// Counts since the session was made; a reset does not clear them. Any thread may read them at any time;
 /// two of them read one after the other need not fit together.
 pub struct Counters {
-    requests: [AtomicU64; CODES],
+    operations: [Operation; CODES],
     /// Requests answered with an errno.
     pub errors: AtomicU64,
     /// Requests that did not even have the form of one, or of an unknown operation.
@@ -43,7 +100,7 @@ pub struct Counters {
 impl Default for Counters {
     fn default() -> Self {
         Self {
-            requests: [const { AtomicU64::new(0) }; CODES],
+            operations: [const { Operation::new() }; CODES],
             errors: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
@@ -63,8 +120,23 @@ impl Default for Counters {
 
 impl Counters {
     pub(super) fn count(&self, opcode: Opcode) {
-        if let Some(counter) = self.requests.get(opcode as usize) {
-            counter.fetch_add(1, Relaxed);
+        if let Some(operation) = self.operations.get(opcode as usize) {
+            operation.requests.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// A request that was counted and came at `since` is served.
+    pub(super) fn finish(&self, opcode: Opcode, since: Instant, failed: bool) {
+        let Some(operation) = self.operations.get(opcode as usize) else { return };
+        // 584 years.
+        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        operation.nanoseconds.fetch_add(nanoseconds, Relaxed);
+        if let Some(class) = operation.latency.get(latency_class(nanoseconds)) {
+            class.fetch_add(1, Relaxed);
+        }
+        if failed {
+            operation.errors.fetch_add(1, Relaxed);
+            self.errors.fetch_add(1, Relaxed);
         }
     }
 
@@ -85,7 +157,24 @@ impl Counters {
 
     /// How many well-formed requests of one operation came.
     pub fn requests(&self, opcode: Opcode) -> u64 {
-        self.requests.get(opcode as usize).map_or(0, |counter| counter.load(Relaxed))
+        let operation = self.operations.get(opcode as usize);
+        operation.map_or(0, |operation| operation.requests.load(Relaxed))
+    }
+
+    /// What was counted of each operation that came.
+    pub fn operations(&self) -> Vec<OperationCounts> {
+        let counts = |limits: &super::opcode::Limits| {
+            let of = self.operations.get(limits.opcode as usize)?;
+            let requests = of.requests.load(Relaxed);
+            (requests > 0).then(|| OperationCounts {
+                name: limits.name,
+                requests,
+                errors: of.errors.load(Relaxed),
+                nanoseconds: of.nanoseconds.load(Relaxed),
+                latency: of.latency.each_ref().map(|class| class.load(Relaxed)),
+            })
+        };
+        OPCODES.iter().filter_map(counts).collect()
     }
 
     /// All counters with their names: operations by the names of linux/fuse.h (only those that came), then
@@ -111,5 +200,26 @@ impl Counters {
             ("sessions", &self.sessions),
         ];
         operations.chain(rest.map(|(name, counter)| (name, counter.load(Relaxed)))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duration_is_in_the_first_class_whose_bound_it_does_not_exceed() {
+        for (nanoseconds, class) in
+            [(0, 0), (1, 0), (1024, 0), (1025, 1), (2048, 1), (2049, 2), (u64::MAX, 24)]
+        {
+            assert_eq!(latency_class(nanoseconds), class, "{nanoseconds}");
+        }
+        for class in 0..LATENCY_CLASSES - 1 {
+            let bound = latency_bound(class).unwrap().as_nanos() as u64;
+            assert_eq!((latency_class(bound), latency_class(bound + 1)), (class, class + 1));
+        }
+        assert_eq!(latency_bound(0), Some(Duration::from_nanos(1024)));
+        assert_eq!(latency_bound(LATENCY_CLASSES - 1), None);
+        assert_eq!(latency_bound(usize::MAX), None);
     }
 }

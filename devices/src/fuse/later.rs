@@ -11,12 +11,14 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use vm_memory::ByteValued;
 
 use super::abi::{OUT_HEADER, OutHeader};
 use super::counters::Counters;
 use super::errno::{Errno, Result};
+use super::opcode::Opcode;
 use crate::sync::lock;
 
 /// How many INTERRUPTs of unknown requests are remembered. Such a one may be there before the request it
@@ -141,11 +143,20 @@ impl Waiting {
     }
 }
 
+/// A request that may be answered later.
+#[derive(Clone, Copy)]
+pub(super) struct Deferred {
+    pub(super) opcode: Opcode,
+    pub(super) unique: u64,
+    /// When it came.
+    pub(super) since: Instant,
+}
+
 /// Leave for one request to wait.
 pub struct Wait<'s> {
     pub(super) waiting: &'s Waiting,
     pub(super) epoch: u64,
-    pub(super) unique: u64,
+    pub(super) request: Deferred,
     pub(super) deferral: &'s dyn Deferral,
 }
 
@@ -160,15 +171,15 @@ impl Wait<'_> {
         if table.epoch != self.epoch {
             return Err(Errno::INTR);
         }
-        if let Some(at) = table.early.iter().position(|early| *early == self.unique) {
+        if let Some(at) = table.early.iter().position(|early| *early == self.request.unique) {
             table.early.remove(at);
             return Err(Errno::INTR);
         }
         let interrupt = Arc::new(Interrupt::default());
-        table.waiting.push((self.unique, interrupt.clone()));
+        table.waiting.push((self.request.unique, interrupt.clone()));
         drop(table);
         Ok(Pending {
-            unique: self.unique,
+            request: self.request,
             interrupt,
             completion: Some(self.deferral.defer()),
             table: self.waiting.table.clone(),
@@ -179,7 +190,7 @@ impl Wait<'_> {
 
 /// A request that waits. One that is dropped unfinished is answered with `EIO`.
 pub struct Pending {
-    unique: u64,
+    request: Deferred,
     interrupt: Arc<Interrupt>,
     completion: Option<Box<dyn Completion>>,
     table: Arc<Mutex<Table>>,
@@ -204,14 +215,9 @@ impl Pending {
         };
         // Before the guest knows, for then it may use the number again.
         lock(&self.table).waiting.retain(|(_, interrupt)| !Arc::ptr_eq(interrupt, &self.interrupt));
-        let error = match result {
-            Ok(()) => 0,
-            Err(errno) => {
-                Counters::add(&self.counters.errors, 1);
-                -errno.raw()
-            }
-        };
-        let header = OutHeader { len: OUT_HEADER as u32, error, unique: self.unique };
+        let error = result.err().map_or(0, |errno| -errno.raw());
+        let header = OutHeader { len: OUT_HEADER as u32, error, unique: self.request.unique };
+        self.counters.finish(self.request.opcode, self.request.since, error != 0);
         completion.complete(header.as_slice());
     }
 }

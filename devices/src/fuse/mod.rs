@@ -22,7 +22,7 @@ pub mod reply;
 pub mod request;
 pub mod session;
 
-pub use counters::Counters;
+pub use counters::{Counters, LATENCY_CLASSES, OperationCounts, latency_bound};
 pub use errno::{Errno, Result};
 pub use filesystem::{
     Caller, DirectorySink, FileSystem, Listing, LockReply, Preferences, XattrReply,

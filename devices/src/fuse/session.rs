@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use super::abi::{InHeader, InitFlags, InterruptIn};
 use super::counters::Counters;
 use super::errno::{Errno, Result};
 use super::filesystem::FileSystem;
 use super::init;
-use super::later::{Deferral, Served, Wait, Waiting};
+use super::later::{Deferral, Deferred, Served, Wait, Waiting};
 use super::mapping::Mappings;
 use super::opcode::{Answer, Limits, Opcode};
 use super::reply::Reply;
@@ -74,6 +75,7 @@ impl Session {
         reply: &GuestBuffer<'_>,
         deferral: Option<&dyn Deferral>,
     ) -> Option<u32> {
+        let since = Instant::now();
         // A header that cannot even be read (its window page is gone) is answered without its `unique`.
         let (raw, read) = match read_raw_header(request) {
             Ok(raw) => (raw, Ok(())),
@@ -81,18 +83,8 @@ impl Session {
         };
         let reply = Reply::new(reply, raw.unique);
         let checked = read.and_then(|()| Header::check(raw, request));
-        let result = match checked {
-            Ok((header, limits)) => {
-                self.counters.count(limits.opcode);
-                if limits.answer == Answer::Never {
-                    self.unanswered(limits, &header, request);
-                    return Some(0);
-                }
-                match deferral {
-                    Some(deferral) => self.answered(limits, &header, request, &reply, deferral),
-                    None => Err(Errno::INVAL),
-                }
-            }
+        let (header, limits) = match checked {
+            Ok(checked) => checked,
             Err(errno) => {
                 Counters::add(&self.counters.malformed, 1);
                 if super::opcode::find(raw.opcode)
@@ -100,13 +92,26 @@ impl Session {
                 {
                     return Some(0);
                 }
-                Err(errno)
+                Counters::add(&self.counters.errors, 1);
+                return Some(reply.finish(Err(errno)));
             }
         };
-        if result.is_err() {
-            Counters::add(&self.counters.errors, 1);
+        self.counters.count(limits.opcode);
+        if limits.answer == Answer::Never {
+            self.unanswered(limits, &header, request);
+            self.counters.finish(limits.opcode, since, false);
+            return Some(0);
         }
-        Some(reply.finish(result.transpose()?))
+        let result = match deferral {
+            Some(deferral) => self.answered(limits, &header, request, &reply, deferral, since),
+            None => Err(Errno::INVAL),
+        };
+        // `None`: whoever answers it later counts it.
+        let result = result.transpose()?;
+        let failed = result.is_err();
+        let used = reply.finish(result);
+        self.counters.finish(limits.opcode, since, failed);
+        Some(used)
     }
 
     /// Device reset: the guest is gone. Drops every node, handle and lock and empties the window; the next
@@ -178,6 +183,7 @@ impl Session {
         request: &GuestBuffer<'_>,
         reply: &Reply<'_, '_>,
         deferral: &dyn Deferral,
+        since: Instant,
     ) -> Result<Option<usize>> {
         let Answer::Body(least) = limits.answer else {
             return Err(Errno::NOSYS);
@@ -198,8 +204,8 @@ impl Session {
                     return Err(Errno::IO);
                 }
                 let body = Body::read(request, header, limits.opcode)?;
-                let wait =
-                    Wait { waiting: &self.waiting, epoch, unique: header.raw.unique, deferral };
+                let request = Deferred { opcode: limits.opcode, unique: header.raw.unique, since };
+                let wait = Wait { waiting: &self.waiting, epoch, request, deferral };
                 self.set_lock_waiting(header, body.decoder(), wait)
             }
             _ if !self.begun.load(Ordering::Acquire) => Err(Errno::IO),

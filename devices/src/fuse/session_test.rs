@@ -4,6 +4,7 @@ use super::Session;
 use crate::fuse::abi::*;
 use crate::fuse::opcode::{Answer, OPCODES, Opcode};
 use crate::fuse::testing::{EVERYTHING, Guest};
+use crate::fuse::{Counters, LATENCY_CLASSES, latency_bound};
 use crate::share::{CachePolicy, DaxPolicy};
 
 fn agreed(guest: &Guest, offered: u64) -> (InitOut, InitFlags) {
@@ -357,6 +358,68 @@ fn counters_name_what_was_asked() {
         assert!(counters.contains(&expected), "{expected:?} in {counters:?}");
     }
     assert!(!counters.iter().any(|(name, _)| *name == "RENAME"));
+}
+
+#[test]
+fn each_operation_has_its_errors_and_its_durations() {
+    let guest = Guest::new();
+    std::fs::write(guest.path().join("file"), "hello").unwrap();
+    let before = std::time::Instant::now();
+    let node = guest.node("file");
+    for _ in 0..3 {
+        assert_eq!(guest.lookup(ROOT_ID, "missing").error, libc::ENOENT);
+        assert_eq!(guest.lookup(node, "x").error, libc::ENOTDIR);
+    }
+    guest.forget(node, 1);
+    let took = before.elapsed().as_nanos() as u64;
+    // No request of any operation: counted as malformed, and under none.
+    guest.raw(4096, ROOT_ID, &[]);
+    let operations = guest.session.counters().operations();
+    let names: Vec<_> = operations.iter().map(|of| of.name).collect();
+    assert_eq!(names, ["LOOKUP", "FORGET", "INIT"]);
+    for (of, requests, errors) in [(0, 7, 6), (1, 1, 0), (2, 1, 0)]
+        .map(|(at, requests, errors)| (&operations[at], requests, errors))
+    {
+        assert_eq!((of.requests, of.errors), (requests, errors), "{}", of.name);
+        assert_eq!(of.latency.iter().sum::<u64>(), requests, "{}", of.name);
+    }
+    let lookups = operations[0].nanoseconds;
+    assert!(lookups > 0 && lookups <= took, "{lookups} of {took} ns");
+    // The sum is what the classes say, as far as they say it.
+    let least: u64 = (1..LATENCY_CLASSES)
+        .map(|class| {
+            operations[0].latency[class] * latency_bound(class - 1).unwrap().as_nanos() as u64
+        })
+        .sum();
+    assert!(lookups >= least);
+}
+
+/// Run by hand, in a release build: what counting costs a request.
+#[test]
+#[ignore = "prints a figure"]
+fn what_two_looks_at_the_clock_cost() {
+    const TIMES: u32 = 1_000_000;
+    let start = std::time::Instant::now();
+    for _ in 0..TIMES {
+        let since = std::hint::black_box(std::time::Instant::now());
+        std::hint::black_box(since.elapsed());
+    }
+    let clock = start.elapsed() / TIMES;
+    let counters = Counters::default();
+    let start = std::time::Instant::now();
+    for _ in 0..TIMES {
+        let since = std::hint::black_box(std::time::Instant::now());
+        counters.count(Opcode::Getattr);
+        counters.finish(Opcode::Getattr, since, false);
+    }
+    let counted = start.elapsed() / TIMES;
+    let guest = Guest::new();
+    let start = std::time::Instant::now();
+    for _ in 0..TIMES / 100 {
+        guest.getattr(ROOT_ID);
+    }
+    let request = start.elapsed() / (TIMES / 100);
+    println!("clock {clock:?}, all of counting {counted:?}, a GETATTR {request:?}");
 }
 
 #[test]

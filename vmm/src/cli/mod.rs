@@ -43,6 +43,7 @@ enum Command {
     Run(Box<RunArgs>),
     Share(running::ShareArgs),
     Stats(running::StatsArgs),
+    Status(running::StatusArgs),
     Check(check::CheckArgs),
     /// Print a completion script for a shell
     ///
@@ -76,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Share(args) => running::share(&args),
         Command::Stats(args) => running::stats(&args),
+        Command::Status(args) => running::status(&args),
         Command::Check(args) => check::check(&args),
         Command::Completions { shell } => {
             let mut command = Cli::command();

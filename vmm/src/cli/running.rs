@@ -1,13 +1,14 @@
-//! Commands for a sandbox that runs: `oriel share` and `oriel stats`.
+//! Commands for a sandbox that runs: `oriel share`, `oriel stats` and `oriel status`.
 
 use std::io::Write;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use serde_json::Value;
 
 use super::values;
 use crate::control::{Request, client};
-use crate::sandbox::Resized;
+use crate::sandbox::{Resized, State, Status};
 
 /// Change the shares of a sandbox that runs
 #[derive(Debug, Args)]
@@ -57,19 +58,86 @@ pub fn share(args: &ShareArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// Print what each share's device of a sandbox that runs has counted, as JSON
+/// Print what each share's device of a sandbox that runs has counted
 ///
-/// It is what `oriel run --stats` writes at the end.
+/// As JSON it is what `oriel run --stats` writes at the end: for each share its counters, and for each operation of
+/// FUSE how many requests came, how many failed, and how many took how long.
 #[derive(Debug, Args)]
 pub struct StatsArgs {
     /// The sandbox: what its `oriel run --name` says
     sandbox: String,
+
+    /// As JSON; this is the default
+    #[arg(long)]
+    json: bool,
+
+    /// As OpenMetrics text, which Prometheus reads
+    #[arg(long, conflicts_with = "json")]
+    openmetrics: bool,
 }
 
 /// Prints them.
 pub fn stats(args: &StatsArgs) -> Result<u8> {
-    let stats = client::ask(&args.sandbox, &Request::Stats {})?;
-    let text = serde_json::to_string_pretty(&stats)?;
+    if args.openmetrics {
+        let reply = client::ask(&args.sandbox, &Request::Metrics {})?;
+        let text = reply["openmetrics"].as_str().context("an answer of another version")?;
+        return print(text.trim_end());
+    }
+    print_json(&client::ask(&args.sandbox, &Request::Stats {})?)
+}
+
+/// Print what a sandbox that runs is, and how far it has come
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The sandbox: what its `oriel run --name` says
+    sandbox: String,
+
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints it.
+pub fn status(args: &StatusArgs) -> Result<u8> {
+    let reply = client::ask(&args.sandbox, &Request::Status {})?;
+    if args.json {
+        return print_json(&reply);
+    }
+    let status: Status = serde_json::from_value(reply).context("an answer of another version")?;
+    let state = match status.state {
+        State::Booting => "booting",
+        State::Running => "running",
+        State::Ending => "ending",
+    };
+    let mut text = format!(
+        "{}: {state}, process {}, for {} s, {} CPUs, {} MiB",
+        status.name,
+        status.pid,
+        status.uptime_seconds,
+        status.cpus,
+        status.memory >> 20
+    );
+    if !status.command.is_empty() {
+        text += &format!("\ncommand: {}", status.command.join(" "));
+    }
+    if let Some(vsock) = &status.vsock {
+        text += &format!("\nvsock: {}", vsock.display());
+    }
+    for share in &status.shares {
+        let window = match &share.window {
+            Some(window) => format!("window of {} MiB", window.size >> 20),
+            None => "no window".to_string(),
+        };
+        text += &format!("\nshare: {}, tag {}, {window}", share.path, share.tag);
+    }
+    print(&text)
+}
+
+fn print_json(value: &Value) -> Result<u8> {
+    print(&serde_json::to_string_pretty(value)?)
+}
+
+fn print(text: &str) -> Result<u8> {
     writeln!(std::io::stdout(), "{text}").context("standard output")?;
     Ok(0)
 }

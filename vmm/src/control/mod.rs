@@ -31,6 +31,12 @@ pub enum Request {
     },
     /// What the devices counted up to now.
     Stats {},
+    /// The same as OpenMetrics text.
+    Metrics {},
+    /// What the sandbox is, and how far it has come.
+    Status {},
+    /// End the command, as SIGTERM to the sandbox's process does.
+    Stop {},
 }
 
 /// What it answers: one reply for each request, in order.
@@ -103,7 +109,14 @@ mod tests {
         let text = json!({ "request": "share-resize", "share": "/data", "size": 1073741824u64 });
         assert_eq!(serde_json::to_value(&resize).unwrap(), text);
         assert_eq!(serde_json::from_value::<Request>(text).unwrap(), resize);
-        assert_eq!(serde_json::to_value(Request::Stats {}).unwrap(), json!({ "request": "stats" }));
+        for (request, name) in [
+            (Request::Stats {}, "stats"),
+            (Request::Metrics {}, "metrics"),
+            (Request::Status {}, "status"),
+            (Request::Stop {}, "stop"),
+        ] {
+            assert_eq!(serde_json::to_value(request).unwrap(), json!({ "request": name }));
+        }
         assert_eq!(serde_json::to_value(Reply::Ok(json!({}))).unwrap(), json!({ "ok": {} }));
         let error = Reply::Error("why".into());
         assert_eq!(serde_json::to_value(error).unwrap(), json!({ "error": "why" }));

@@ -165,6 +165,7 @@ mod tests {
         let handler = |request| match request {
             Request::Stats {} => Ok(json!({ "all": "well" })),
             Request::ShareResize { share, .. } => Err(format!("no share {share}")),
+            other => Err(format!("not here: {other:?}")),
         };
         socket.serve(Arc::new(handler)).unwrap();
         socket

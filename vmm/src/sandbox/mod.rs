@@ -1,7 +1,9 @@
 //! One sandbox from the command line to its exit status.
 
+mod answers;
 mod identity;
 mod link;
+mod metrics;
 mod plan;
 mod shares;
 mod streams;
@@ -17,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
@@ -27,6 +30,8 @@ use devices::virtio::vsock::VsockDevice;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::answers::{About, Answers};
+pub use self::answers::{State, Status};
 use self::identity::Identity;
 use self::link::{Link, Sink, forward_input};
 use self::plan::PlannedShare;
@@ -53,6 +58,8 @@ pub enum Event {
     OutputFailed(String),
     /// All that the guest has sent is where it belongs.
     Drained,
+    /// Somebody wants the command to end, by the control socket.
+    StopAsked,
 }
 
 /// Runs the sandbox that `args` describe and returns the exit status.
@@ -61,6 +68,7 @@ pub enum Event {
 ///
 /// When it could not be started, or broke down: one line that says why.
 pub fn run(args: &RunArgs) -> Result<u8> {
+    let since = Instant::now();
     let shares = plan::shares(args)?;
     // Before this user is another one.
     let control = args.name.as_deref().map(control_socket).transpose()?;
@@ -128,9 +136,20 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     rustix::process::umask(rustix::fs::Mode::empty());
     machine.start(&image)?;
     drop(image);
-    if let Some(control) = &control {
-        let shares = running.clone();
-        control.serve(Arc::new(move |request| shares.answer(request)))?;
+    let state = if foreign { State::Running } else { State::Booting };
+    let state = Arc::new(answers::Progress::new(state));
+    if let (Some(control), Some(name)) = (&control, &args.name) {
+        let about = About {
+            name: name.clone(),
+            since,
+            cpus: args.cpus,
+            memory: args.memory.size,
+            command: args.command.clone(),
+            vsock: vsock_socket.as_ref().map(|socket| socket.path().to_owned()),
+        };
+        let (progress, shares, notifier) = (state.clone(), running.clone(), notifier.clone());
+        let answers = Answers { about, progress, shares, notifier };
+        control.serve(Arc::new(move |request| answers.answer(request)))?;
     }
 
     match &link {
@@ -146,6 +165,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         link,
         vsock,
         progress,
+        state,
         outcome: Outcome::default(),
         terminal: args.tty,
         raw: None,

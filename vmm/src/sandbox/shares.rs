@@ -4,12 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devices::dax::{DaxWindow, GrowError, Window};
-use devices::fuse::Session;
+use devices::fuse::{OperationCounts, Session, latency_bound};
 use devices::virtio::fs::FsDevice;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-
-use crate::control::Request;
 
 /// One share.
 pub struct RunningShare {
@@ -39,25 +37,74 @@ pub struct Resized {
     pub driver_told: bool,
 }
 
+/// The DAX window of a share. Sizes are bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct WindowStatus {
+    /// How much of it there is.
+    pub size: u64,
+    /// How much there can be.
+    pub max_size: u64,
+    /// Why it has that size.
+    pub reason: String,
+}
+
+/// What a share is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ShareStatus {
+    /// The device's tag.
+    pub tag: String,
+    /// Where the guest mounts it.
+    pub path: String,
+    /// Its window, if it has one.
+    pub window: Option<WindowStatus>,
+}
+
+impl RunningShare {
+    fn window_status(&self) -> Option<WindowStatus> {
+        let status = |window: &Arc<Window>| WindowStatus {
+            size: window.size(),
+            max_size: window.max_size(),
+            reason: self.window_reason.clone(),
+        };
+        self.window.as_ref().map(status)
+    }
+}
+
+/// What was counted of each operation. The classes of durations are named by the most nanoseconds of each; those
+/// in which nothing is are left out.
+fn operations(session: &Session) -> Value {
+    let classes = |of: &OperationCounts| -> serde_json::Map<_, _> {
+        let name = |class| match latency_bound(class) {
+            Some(bound) => bound.as_nanos().to_string(),
+            None => "more".to_string(),
+        };
+        let counted = of.latency.iter().enumerate().filter(|(_, count)| **count > 0);
+        counted.map(|(class, count)| (name(class), (*count).into())).collect()
+    };
+    let object = |of: OperationCounts| {
+        let counts = json!({
+            "requests": of.requests,
+            "errors": of.errors,
+            "nanoseconds": of.nanoseconds,
+            "latency": classes(&of),
+        });
+        (of.name.to_string(), counts)
+    };
+    session
+        .counters()
+        .operations()
+        .into_iter()
+        .map(object)
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
 /// All of a sandbox.
 pub struct Shares(pub Vec<RunningShare>);
 
 impl Shares {
-    /// Does what a client of the control socket asks.
-    ///
-    /// # Errors
-    ///
-    /// Why not, in a line.
-    pub fn answer(&self, request: Request) -> Result<Value, String> {
-        match request {
-            Request::ShareResize { share, size } => {
-                let resized = self.resize(&share, size)?;
-                serde_json::to_value(resized).map_err(|error| error.to_string())
-            }
-            Request::Stats {} => Ok(self.stats()),
-        }
-    }
-
     /// One object a share: what it is, what its session counted, and how large its window is.
     pub fn stats(&self) -> Value {
         let shares: Vec<_> = self
@@ -70,19 +117,34 @@ impl Shares {
                     .into_iter()
                     .map(|(name, value)| (name.to_string(), value.into()))
                     .collect();
-                let window = share.window.as_ref().map(|window| {
-                    let (size, max) = (window.size(), window.max_size());
-                    json!({ "size": size, "max-size": max, "reason": share.window_reason })
-                });
                 json!({
-                    "tag": share.tag, "path": share.guest, "window": window, "counters": counters,
+                    "tag": share.tag,
+                    "path": share.guest,
+                    "window": share.window_status(),
+                    "counters": counters,
+                    "operations": operations(&share.session),
                 })
             })
             .collect();
         json!({ "shares": shares })
     }
 
-    fn resize(&self, path: &str, size: u64) -> Result<Resized, String> {
+    /// What is to be said of each at any time.
+    pub fn status(&self) -> Vec<ShareStatus> {
+        let status = |share: &RunningShare| ShareStatus {
+            tag: share.tag.clone(),
+            path: share.guest.clone(),
+            window: share.window_status(),
+        };
+        self.0.iter().map(status).collect()
+    }
+
+    /// Makes the window of the share at a guest path larger.
+    ///
+    /// # Errors
+    ///
+    /// Why not, in a line.
+    pub fn resize(&self, path: &str, size: u64) -> Result<Resized, String> {
         // /data/ is /data.
         let found = self.0.iter().find(|share| Path::new(&share.guest) == Path::new(path));
         let Some(share) = found else {
@@ -110,7 +172,7 @@ impl Shares {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use devices::share::{Options, Share};
     use devices::virtio::fs;
 
@@ -118,7 +180,8 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn shares() -> Shares {
+    /// Two, one of them with a window.
+    pub(in crate::sandbox) fn shares() -> Shares {
         let running = |tag: &str, guest: &str, window: Option<Arc<Window>>| {
             let files = Share::new(Options::new("/")).unwrap();
             let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
@@ -135,9 +198,8 @@ mod tests {
     #[test]
     fn a_window_is_resized_by_its_guest_path() {
         let shares = shares();
-        let resize =
-            |share: &str, size| shares.answer(Request::ShareResize { share: share.into(), size });
-        let expected = json!({ "share": "/data", "size": 8 * MIB, "driver-told": false });
+        let resize = |share: &str, size| shares.resize(share, size);
+        let expected = Resized { share: "/data".into(), size: 8 * MIB, driver_told: false };
         assert_eq!(resize("/data/", 8 * MIB), Ok(expected));
         for (share, size, hints) in [
             ("/date", 8 * MIB, &["/date", "/, /data"][..]),
@@ -156,7 +218,7 @@ mod tests {
             assert!(hints.iter().all(|hint| error.contains(hint)), "{error}");
             assert!(!error.contains('\n'));
         }
-        let stats = shares.answer(Request::Stats {}).unwrap();
+        let stats = shares.stats();
         assert_eq!(stats["shares"][0]["window"], Value::Null);
         let window = json!({ "size": 8 * MIB, "max-size": 16 * MIB, "reason": "as asked" });
         assert_eq!(stats["shares"][1]["window"], window);

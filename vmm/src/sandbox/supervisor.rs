@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::link::Link;
 use super::streams::{Notifier, Tail};
 use super::terminal::RawTerminal;
-use super::{Event, terminal};
+use super::{Event, State, answers, terminal};
 use crate::cli::STATUS_SANDBOX;
 use crate::machine::StopReason;
 
@@ -118,6 +118,8 @@ pub struct Supervisor {
     pub vsock: Option<Arc<VsockDevice>>,
     /// Shown until the command starts.
     pub progress: Progress,
+    /// Told to whoever asks.
+    pub state: Arc<answers::Progress>,
     /// What is known so far.
     pub outcome: Outcome,
     /// The command has a terminal.
@@ -167,6 +169,7 @@ impl Supervisor {
         if std::mem::replace(&mut self.draining, true) {
             return;
         }
+        self.state.set(State::Ending);
         let console = self.link.as_ref().map(|link| link.console.clone());
         let (vsock, notifier) = (self.vsock.clone(), self.notifier.clone());
         let drain = move || {
@@ -199,6 +202,10 @@ impl Watch {
         match event {
             Event::Guest(FromGuest::Started) => {
                 supervisor.progress.finish();
+                // One that is at its end stays there, whatever the guest says.
+                if !supervisor.draining {
+                    supervisor.state.set(State::Running);
+                }
                 supervisor.outcome.message.get_or_insert(FromGuest::Started);
                 if supervisor.terminal && supervisor.interactive {
                     match RawTerminal::enter() {
@@ -227,6 +234,7 @@ impl Watch {
                 supervisor.outcome.lost_output.get_or_insert(error);
                 self.done = true;
             }
+            Event::StopAsked => self.signal(Signal::TERM.as_raw()),
             Event::OutputClosed => self.signal_guest(Signal::PIPE.as_raw()),
         }
     }
