@@ -10,6 +10,7 @@
 //! - [`fuse`]: the FUSE **protocol** (wire structs, decoding, replies; knows no files);
 //! - [`dax`]: the DAX **window** (a host reservation into which file pages are mapped);
 //! - [`share`]: the **share** (a host directory served safely; knows no virtio);
+//! - [`tree`]: many shares behind one session, that come and go;
 //! - [`bus`], [`pci`]: how the guest reaches a device;
 //! - [`virtio`]: queues and transport, and the devices: [`virtio::fs`], which joins all of the above,
 //!   [`virtio::console`], [`virtio::vsock`] and [`virtio::rng`];
@@ -23,6 +24,7 @@ pub mod pci;
 pub mod power;
 pub mod serial;
 pub mod share;
+pub mod tree;
 pub mod virtio;
 
 mod budget;

@@ -1,6 +1,7 @@
 //! The DAX window: a stretch of guest-physical addresses behind which host file pages are mapped.
 
 mod budget;
+mod owners;
 mod policy;
 mod prefault;
 mod probe;
@@ -50,9 +51,25 @@ pub trait DaxWindow: Send + Sync {
         self.size()
     }
 
+    /// Maps for owner 0: see [`map_for`](Self::map_for).
+    ///
+    /// # Errors
+    ///
+    /// As [`map_for`](Self::map_for).
+    fn map(
+        &self,
+        offset: u64,
+        len: u64,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+        writable: bool,
+    ) -> io::Result<()> {
+        self.map_for(0, offset, len, file, file_offset, writable)
+    }
+
     /// Puts `len` bytes of `file` from `file_offset` at `offset` in the window, shared with the host's page
     /// cache, over whatever was there. May reach past the end of the file. The window keeps its own
-    /// reference to the file.
+    /// reference to the file. `owner` is any number, by which the mapping can be found again.
     ///
     /// # Errors
     ///
@@ -61,14 +78,28 @@ pub trait DaxWindow: Send + Sync {
     /// that is not open for writing, `ENOMEM` when the window or the process has too many mappings,
     /// `ENODEV` for a file system that cannot be mapped so, hugetlbfs among them). The window is unchanged
     /// after an error.
-    fn map(
+    fn map_for(
         &self,
+        owner: u32,
         offset: u64,
         len: u64,
         file: BorrowedFd<'_>,
         file_offset: u64,
         writable: bool,
     ) -> io::Result<()>;
+
+    /// Takes the way to their files from all writable mappings of an owner, or gives it back.
+    ///
+    /// Without it, a mapping shows its file as before, and what the guest stores there is the guest's own: in
+    /// memory of this process, in no file, and nobody else's to see. It is lost when the way is given back. A
+    /// file that the host does not open for that any more is replaced by zeros (and stays without, the other way
+    /// round). Mappings that are made later are not affected. Asks the host, and may block as long as a file's
+    /// server does. Idempotent.
+    fn set_writable(&self, owner: u32, writable: bool);
+
+    /// Takes away all mappings of an owner and puts zeros in their place, which are the guest's own until the
+    /// range is mapped anew or unmapped. Idempotent.
+    fn take_away(&self, owner: u32);
 
     /// The range at `offset` was mapped by [`map`](Self::map), and the guest is about to hear of it: the
     /// moment to make ready what it will touch next. Called without the locks under which `map` is called;

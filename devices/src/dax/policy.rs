@@ -5,6 +5,7 @@
 //! each. Those without are read through the guest's page cache, as without DAX.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -215,6 +216,16 @@ impl Policy {
     /// The guest knows the node no more.
     pub fn forgotten(&self, nodeid: u64) {
         self.state().give_up(nodeid);
+    }
+
+    /// The guest knows none of these nodes any more.
+    pub fn all_forgotten(&self, nodes: RangeInclusive<u64>) {
+        let mut state = self.state();
+        let gone: Vec<u64> =
+            state.nodes.keys().copied().filter(|nodeid| nodes.contains(nodeid)).collect();
+        for nodeid in gone {
+            state.give_up(nodeid);
+        }
     }
 
     /// The guest knows nothing any more.

@@ -91,8 +91,22 @@ impl Opened {
     }
 }
 
+/// What the guest's access to a mapping comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// It reads the file, and cannot write.
+    Read,
+    /// It reads and writes the file.
+    Write,
+    /// It reads the file, and what it writes is its own.
+    Severed,
+}
+
 #[derive(Clone)]
 pub(super) struct Mapping {
+    /// On whose behalf.
+    pub(super) owner: u32,
+    pub(super) access: Access,
     pub(super) len: u64,
     pub(super) file: Arc<Backing>,
     pub(super) file_offset: u64,

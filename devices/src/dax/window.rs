@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::budget;
 use super::streams::Streams;
-use super::table::{Backing, FileEnds, Mapping, Opened, State, page_end};
+use super::table::{Access, Backing, FileEnds, Mapping, Opened, State, page_end};
 use super::{DaxWindow, GuestPageTables, Statistics};
 use crate::budget::Budget;
 
@@ -372,7 +372,7 @@ impl Window {
     }
 
     /// Makes `mapping` visible at `offset`.
-    fn place(&self, offset: u64, mapping: &Mapping) -> io::Result<()> {
+    pub(super) fn place(&self, offset: u64, mapping: &Mapping) -> io::Result<()> {
         if mapping.shown > 0 {
             self.place_file(offset, mapping, mapping.shown)?;
         }
@@ -385,7 +385,11 @@ impl Window {
     /// Makes the first `len` bytes of what `mapping` has of its file visible at `offset`.
     fn place_file(&self, offset: u64, mapping: &Mapping, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
-        let (_, _, writable) = mapping.file.key;
+        let (protection, flags) = match mapping.access {
+            Access::Read => (protection(false), MapFlags::SHARED),
+            Access::Write => (protection(true), MapFlags::SHARED),
+            Access::Severed => (protection(true), MapFlags::PRIVATE | MapFlags::NORESERVE),
+        };
         // SAFETY: MAP_FIXED replaces what is at the address, and `check` saw that the whole range is inside
         // the reservation that `self` owns. No Rust reference points there: the window is only ever touched
         // through raw pointers, by system calls and by the guest.
@@ -393,8 +397,8 @@ impl Window {
             mmap(
                 self.address(offset),
                 len as usize,
-                protection(writable),
-                MapFlags::SHARED | MapFlags::FIXED,
+                protection,
+                flags | MapFlags::FIXED,
                 &mapping.file.fd,
                 mapping.file_offset,
             )?;
@@ -418,7 +422,7 @@ impl Window {
     }
 
     /// Maps the empty reservation over a range.
-    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(super) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         // SAFETY: as in `place_file`.
         unsafe {
@@ -434,7 +438,7 @@ impl Window {
 
     /// After a failure to place something at a range: makes it what the table says it is. A kernel before
     /// 6.12 may have taken away what was there before it failed.
-    fn restore(&self, state: &mut State, offset: u64, len: u64) {
+    pub(super) fn restore(&self, state: &mut State, offset: u64, len: u64) {
         if self.reserve(offset, len).is_err() {
             // Out of memory areas, which `mmap` finds out before it changes anything: all is as it was.
             return;
@@ -484,8 +488,9 @@ impl DaxWindow for Window {
         self.reserved
     }
 
-    fn map(
+    fn map_for(
         &self,
+        owner: u32,
         offset: u64,
         len: u64,
         file: BorrowedFd<'_>,
@@ -510,7 +515,8 @@ impl DaxWindow for Window {
         let file = state.known(&opened).unwrap_or(file);
         state.add_file(&file);
         let known_end = page_end(&opened.stat);
-        let mapping = Mapping { len, file, file_offset, known_end, shown: len };
+        let access = if writable { Access::Write } else { Access::Read };
+        let mapping = Mapping { owner, access, len, file, file_offset, known_end, shown: len };
         let placed = self.place(offset, &mapping);
         let mut before = Vec::new();
         match placed {
@@ -522,6 +528,14 @@ impl DaxWindow for Window {
         drop(state);
         drop(before);
         placed
+    }
+
+    fn set_writable(&self, owner: u32, writable: bool) {
+        self.switch(owner, writable);
+    }
+
+    fn take_away(&self, owner: u32) {
+        self.replace_by_zeros(owner);
     }
 
     fn mapped(&self, offset: u64) {

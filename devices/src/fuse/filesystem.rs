@@ -1,7 +1,7 @@
 //! What the protocol asks of a file system.
 
 use std::ffi::CStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 
 use super::abi::{
     AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, FileLock, FlushIn, IoctlIn, Kstatfs,
@@ -263,7 +263,14 @@ pub trait FileSystem: Send + Sync {
     /// REMOVEXATTR.
     fn removexattr(&self, caller: Caller, name: &CStr) -> Result<()>;
 
-    /// SETUPMAPPING: the caller's node, a regular file, opened for reading and, when the mapping is
-    /// `writable`, for writing. The authority is the node id; no handle counts.
-    fn open_for_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd>;
+    /// SETUPMAPPING: opens the caller's node, a regular file, for reading and, when the mapping is `writable`,
+    /// for writing, and calls `place` with it at most once, which maps it. The authority is the node id; no
+    /// handle counts. The number says on whose behalf it is mapped, where several file systems share a window:
+    /// see [`DaxWindow::set_writable`](crate::dax::DaxWindow::set_writable).
+    fn map(
+        &self,
+        caller: Caller,
+        writable: bool,
+        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
+    ) -> Result<()>;
 }

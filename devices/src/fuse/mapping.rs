@@ -5,7 +5,6 @@
 //! nothing away, so the session does.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -40,6 +39,21 @@ struct State {
 }
 
 impl State {
+    /// Remembers what was mapped, and says whether that made a read-only range writable.
+    fn note(&mut self, nodeid: u64, request: &SetupmappingIn, end: u64, writable: bool) -> bool {
+        let upgrade = self.live.get(&request.moffset).is_some_and(|before| {
+            writable
+                && !before.writable
+                && before.len == request.len
+                && before.nodeid == nodeid
+                && before.foffset == request.foffset
+        });
+        self.drop_range(request.moffset, end);
+        let mapped = Mapped { len: request.len, nodeid, foffset: request.foffset, writable };
+        self.live.insert(request.moffset, mapped);
+        upgrade
+    }
+
     fn drop_range(&mut self, from: u64, to: u64) {
         while let Some((at, _)) = self.live.range(from..to).next() {
             let at = *at;
@@ -133,28 +147,20 @@ impl Mappings {
         }
         // Before the file is opened, see `clear`.
         let epoch = self.state().epoch;
+        let mut upgrade = false;
         // Opening may block (a network file system), so it is done outside the lock. What is asked of the
         // host under it is about a file that was just opened: `fstat`, and for a new one a trial `mmap`.
-        let file = fs.open_for_mapping(caller, writable)?;
-        let mut state = self.state();
-        if state.epoch != epoch {
-            return Err(Errno::IO);
-        }
-        self.window.map(request.moffset, request.len, file.as_fd(), request.foffset, writable)?;
-        let upgrade = state.live.get(&request.moffset).is_some_and(|before| {
-            writable
-                && !before.writable
-                && before.len == request.len
-                && before.nodeid == caller.nodeid
-                && before.foffset == request.foffset
-        });
-        state.drop_range(request.moffset, end);
-        state.live.insert(
-            request.moffset,
-            Mapped { len: request.len, nodeid: caller.nodeid, foffset: request.foffset, writable },
-        );
-        counters.dax_live.store(state.live.len() as u64, Relaxed);
-        drop(state);
+        fs.map(caller, writable, &mut |file, owner| {
+            let mut state = self.state();
+            if state.epoch != epoch {
+                return Err(Errno::IO);
+            }
+            let (at, len, from) = (request.moffset, request.len, request.foffset);
+            self.window.map_for(owner, at, len, file, from, writable)?;
+            upgrade = state.note(caller.nodeid, request, end, writable);
+            counters.dax_live.store(state.live.len() as u64, Relaxed);
+            Ok(())
+        })?;
         // Not under the lock: it may take a while, and other ranges need not wait for that.
         self.window.mapped(request.moffset);
         Counters::add(&counters.dax_setups, 1);

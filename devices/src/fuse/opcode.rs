@@ -20,7 +20,7 @@ pub enum Handler {
     Session,
     /// The method of [`FileSystem`] of that name.
     FileSystem(&'static str),
-    /// The session's DAX window, for a file that [`FileSystem::open_for_mapping`] opens.
+    /// The session's DAX window, for a file that [`FileSystem::map`] opens.
     Window,
     /// Nobody: always `ENOSYS`, which a Linux guest takes once and does not ask again.
     Refused,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vm_memory::ByteValued;
 
 use super::abi::*;
+use super::filesystem::FileSystem;
 use super::later::{Completion, Deferral, Served};
 use super::opcode::Opcode;
 use super::session::Session;
@@ -144,10 +145,25 @@ impl Guest {
         change(&mut options);
         let share = Arc::new(Share::new(options).unwrap());
         let window = window.then(|| Arc::new(Window::new(8 << 20).unwrap()));
-        let session = Arc::new(Session::new(
-            share.clone(),
-            window.clone().map(|window| window as Arc<dyn DaxWindow>),
-        ));
+        Self::of(share.clone(), share, directory, window)
+    }
+
+    /// A guest of another file system, which has not sent its INIT. Its share is of no use.
+    pub(crate) fn serving(fs: Arc<dyn FileSystem>, window: Arc<Window>) -> Self {
+        rustix::process::umask(rustix::fs::Mode::empty());
+        let directory = tempfile::tempdir().unwrap();
+        let share = Arc::new(Share::new(Options::new(directory.path())).unwrap());
+        Self::of(fs, share, directory, Some(window))
+    }
+
+    fn of(
+        fs: Arc<dyn FileSystem>,
+        share: Arc<Share>,
+        directory: tempfile::TempDir,
+        window: Option<Arc<Window>>,
+    ) -> Self {
+        let session =
+            Arc::new(Session::new(fs, window.clone().map(|window| window as Arc<dyn DaxWindow>)));
         let server = session.clone();
         Self {
             door: Box::new(move |request, reply| serve(&server, request, reply)),

@@ -158,7 +158,7 @@ impl Share {
         // What is not known is not done, and must not look done.
         let valid = SetattrValid::from_bits(change.valid).ok_or(Errno::INVAL)?;
         let inode = self.inodes.get(caller.nodeid)?;
-        self.check_writable()?;
+        let _changing = self.change()?;
         inode.check_open_to_guests()?;
         let handle = match valid.contains(SetattrValid::FH) {
             true => Some(self.handles.get(caller.nodeid, change.fh)?),
@@ -255,13 +255,6 @@ impl Share {
             mode
         };
         if wanted & !allowed == 0 { Ok(()) } else { Err(Errno::ACCES) }
-    }
-
-    /// # Errors
-    ///
-    /// `EROFS` for a read-only share.
-    pub(super) fn check_writable(&self) -> Result<()> {
-        if self.options.read_only { Err(Errno::ROFS) } else { Ok(()) }
     }
 }
 

@@ -30,11 +30,16 @@ impl Budget {
         Ok(Permit { budget: self.clone(), count })
     }
 
-    fn draw(&self, count: usize) -> Result<()> {
+    /// Takes `count` that are [given back](Self::give_back) by hand.
+    ///
+    /// # Errors
+    ///
+    /// As [`take`](Self::take).
+    pub(super) fn draw(&self, count: usize) -> Result<()> {
         self.left.draw(count).map_err(|_| self.full)
     }
 
-    /// Gives back what permits were [spent](Permit::spend) on.
+    /// Gives back what was drawn, or what permits were [spent](Permit::spend) on.
     pub(super) fn give_back(&self, count: usize) {
         self.left.give_back(count);
     }

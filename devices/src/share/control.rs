@@ -64,7 +64,7 @@ impl Share {
             (FS_IOC_SETFLAGS, FLAGS, 0) => {
                 let flags = input.try_into().map_err(|_| Errno::INVAL)?;
                 let wanted = IFlags::from_bits_retain(u32::from_ne_bytes(flags));
-                self.check_writable()?;
+                let _changing = self.change()?;
                 let now = ioctl_getflags(&*handle)?;
                 if !SETTABLE.contains(now ^ wanted) {
                     return Err(Errno::PERM);
@@ -75,7 +75,7 @@ impl Share {
             (FS_IOC_FSGETXATTR, 0, FSXATTR) => Ok(sys::get_fsxattr(&*handle)?.to_bytes().to_vec()),
             (FS_IOC_FSSETXATTR, FSXATTR, 0) => {
                 let wanted = sys::FsXattr::from_bytes(input).ok_or(Errno::INVAL)?;
-                self.check_writable()?;
+                let _changing = self.change()?;
                 let now = sys::get_fsxattr(&*handle)?;
                 // What the host says of the file (`nextents`) is no wish.
                 let same = sys::FsXattr { xflags: now.xflags, nextents: now.nextents, ..wanted };

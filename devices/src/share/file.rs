@@ -129,7 +129,7 @@ impl Share {
     ) -> Result<usize> {
         let handle = self.handles.get(caller.nodeid, request.fh)?;
         let file = handle.file()?;
-        self.check_writable()?;
+        let _changing = self.change()?;
         if !file.writable {
             return Err(Errno::BADF);
         }
@@ -171,7 +171,7 @@ impl Share {
     /// read-only share nothing of the guest's can be waiting.
     pub(super) fn sync_file_system(&self, caller: Caller) -> Result<()> {
         let inode = self.inodes.get(caller.nodeid)?;
-        if self.options.read_only {
+        if !self.was_ever_writable() {
             return Ok(());
         }
         inode.check_openable()?;
@@ -205,7 +205,7 @@ impl Share {
     pub(super) fn allocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {
         let handle = self.handles.get(caller.nodeid, request.fh)?;
         let file = handle.file()?;
-        self.check_writable()?;
+        let _changing = self.change()?;
         if !file.writable {
             return Err(Errno::BADF);
         }
@@ -252,7 +252,7 @@ impl Share {
         let source = self.handles.get(caller.nodeid, request.fh_in)?;
         let target = self.handles.get(request.nodeid_out, request.fh_out)?;
         let (source, target) = (source.file()?, target.file()?);
-        self.check_writable()?;
+        let _changing = self.change()?;
         if !target.writable {
             return Err(Errno::BADF);
         }
@@ -297,29 +297,35 @@ impl Share {
         }
     }
 
-    /// Opens a file for SETUPMAPPING.
+    /// SETUPMAPPING: opens a file and has `place` map it. A switch to read-only waits for both.
     ///
     /// On overlayfs a file that is open for reading may be one of a lower layer. The guest's next write
     /// would replace it by a copy, which a mapping of the old one never shows. So where the guest may write,
     /// the file is opened for writing, which makes the copy now. What remains is a file that the VMM may not
     /// open for writing, and a read-only share, when a process of the host writes: mappings that are there
     /// show the old data until the guest maps the range again.
-    pub(super) fn open_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd> {
+    pub(super) fn map_file(
+        &self,
+        caller: Caller,
+        writable: bool,
+        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
+    ) -> Result<()> {
         let inode = self.inodes.get(caller.nodeid)?;
         if !inode.is_regular() {
             return Err(Errno::INVAL);
         }
         let found = self.file(&inode)?;
-        if writable {
-            self.check_writable()?;
-            return self.host.reopen(&found, OFlags::RDWR);
-        }
-        if !self.options.read_only
-            && inode.identity.mount.overlay
-            && let Ok(file) = self.host.reopen(&found, OFlags::RDWR)
-        {
-            return Ok(file);
-        }
-        self.host.reopen(found, OFlags::RDONLY)
+        let changing = match writable {
+            true => Some(self.change()?),
+            // To make the copy is a change as well.
+            false if inode.identity.mount.overlay => self.change().ok(),
+            false => None,
+        };
+        let file = match changing.as_ref().map(|_| self.host.reopen(&found, OFlags::RDWR)) {
+            Some(Ok(file)) => file,
+            Some(Err(error)) if writable => return Err(error),
+            _ => self.host.reopen(found, OFlags::RDONLY)?,
+        };
+        place(file.as_fd(), self.index)
     }
 }

@@ -1,12 +1,11 @@
 //! The share behind a FUSE session: which operation is done where.
 
 use std::ffi::CStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 
 use rustix::fs::AtFlags;
 
 use super::{DaxPolicy, LockPolicy, Share};
-use crate::dax::Policy;
 use crate::fuse::abi::{
     AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, FileLock, FlushIn, IoctlIn, Kstatfs,
     LkIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
@@ -33,7 +32,7 @@ impl FileSystem for Share {
     }
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {
-        self.mapped.iter().flat_map(Policy::statistics).collect()
+        self.mapped.iter().flat_map(|mapped| mapped.statistics()).collect()
     }
 
     fn window_has_grown(&self, size: u64) {
@@ -49,7 +48,7 @@ impl FileSystem for Share {
         self.inodes.clear();
         self.directories.clear();
         if let Some(mapped) = &self.mapped {
-            mapped.clear();
+            mapped.all_forgotten(self.numbers.first..=self.numbers.last);
         }
     }
 
@@ -242,7 +241,12 @@ impl FileSystem for Share {
         self.remove_xattr(caller, name)
     }
 
-    fn open_for_mapping(&self, caller: Caller, writable: bool) -> Result<OwnedFd> {
-        self.open_mapping(caller, writable)
+    fn map(
+        &self,
+        caller: Caller,
+        writable: bool,
+        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
+    ) -> Result<()> {
+        self.map_file(caller, writable, place)
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use super::budget::{Budget, Permit};
 use super::direct::Direct;
 use super::directory::Position;
-use super::table::{Numbered, Table};
+use super::table::{Numbered, Numbers, Table};
 use crate::fuse::{Errno, Result};
 
 /// An open regular file.
@@ -93,8 +93,8 @@ pub(super) struct Handles {
 
 impl Handles {
     /// A table for at most `most`, each of which takes one of `descriptors`.
-    pub(super) fn new(most: usize, descriptors: Arc<Budget>) -> Self {
-        let state = State { table: Table::new(most), by_node: BTreeSet::new() };
+    pub(super) fn new(most: usize, numbers: Numbers, descriptors: Arc<Budget>) -> Self {
+        let state = State { table: Table::new(most, numbers), by_node: BTreeSet::new() };
         Self { state: RwLock::new(state), descriptors }
     }
 

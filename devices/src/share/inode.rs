@@ -13,12 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustix::fs::{Statx, StatxFlags, StatxTimestamp};
 
-use super::budget::Permit;
+use super::budget::{Budget, Permit};
 use super::file_handle::FileHandle;
 use super::mount::{Mount, Place};
 use super::sys;
-use super::table::{Numbered, Table, shrink};
-use crate::fuse::abi::ROOT_ID;
+use super::table::{Numbered, Numbers, Table, shrink};
 use crate::fuse::{Errno, Result};
 use crate::sync::lock;
 
@@ -235,20 +234,33 @@ type Kept = (Arc<OwnedFd>, Permit);
 /// All of them.
 pub(super) struct Inodes {
     state: RwLock<State>,
+    /// How many there may be, the root among them.
+    budget: Arc<Budget>,
+    /// The node id of the root.
+    root: u64,
 }
 
 impl Inodes {
     /// A table that has only the root.
-    pub(super) fn new(root: Identity, most: usize) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// `ENFILE` when `budget` has not even that.
+    pub(super) fn new(root: Identity, numbers: Numbers, budget: Arc<Budget>) -> Result<Self> {
         let state = State {
-            table: Table::new(most.max(1)),
+            table: Table::new(usize::MAX, numbers),
             by_identity: HashSet::new(),
             kept: HashMap::new(),
         };
-        let inodes = Self { state: RwLock::new(state) };
-        // Cannot fail: the table is empty and has room for at least one. Being the first, it is node 1.
-        let _ = inodes.remember(root, libc::S_IFDIR);
-        inodes
+        let inodes = Self { state: RwLock::new(state), budget, root: numbers.first };
+        // The first one has the first number.
+        inodes.remember(root, libc::S_IFDIR)?;
+        Ok(inodes)
+    }
+
+    /// The node id of the root.
+    pub(super) fn root(&self) -> u64 {
+        self.root
     }
 
     pub(super) fn live(&self) -> usize {
@@ -295,12 +307,11 @@ impl Inodes {
             inode.count_lookup();
             return Ok(inode.clone());
         }
-        let inode = state.table.insert(|nodeid| Inode {
-            nodeid,
-            lookups: AtomicU64::new(1),
-            identity,
-            kind,
-        })?;
+        self.budget.draw(1)?;
+        let inode = state
+            .table
+            .insert(|nodeid| Inode { nodeid, lookups: AtomicU64::new(1), identity, kind })
+            .inspect_err(|_| self.budget.give_back(1))?;
         state.by_identity.insert(ByIdentity(inode.clone()));
         Ok(inode)
     }
@@ -311,7 +322,7 @@ impl Inodes {
     /// True if the node is gone now. When there are far fewer than there were, their memory goes back to the
     /// host.
     pub(super) fn forget(&self, nodeid: u64, count: u64) -> bool {
-        if nodeid == ROOT_ID {
+        if nodeid == self.root {
             return false;
         }
         let (removed, shrunk) = {
@@ -326,6 +337,7 @@ impl Inodes {
             }
             let before = state.by_identity.capacity();
             let removed = state.remove(nodeid);
+            self.budget.give_back(1);
             (removed, before >= MANY && state.by_identity.capacity() < before)
         };
         // Closes the descriptor of one that was kept, outside the lock.
@@ -340,11 +352,12 @@ impl Inodes {
     pub(super) fn clear(&self) {
         let removed = {
             let mut state = self.write();
-            state.by_identity.retain(|ByIdentity(inode)| inode.nodeid == ROOT_ID);
+            state.by_identity.retain(|ByIdentity(inode)| inode.nodeid == self.root);
             shrink(&mut state.by_identity);
             let kept = std::mem::take(&mut state.kept);
-            (state.table.drain(|inode| inode.nodeid == ROOT_ID), kept)
+            (state.table.drain(|inode| inode.nodeid == self.root), kept)
         };
+        self.budget.give_back(removed.0.len());
         let many = removed.0.len() >= MANY;
         drop(removed);
         if many {
@@ -382,6 +395,12 @@ impl Inodes {
     pub(super) fn capacity(&self) -> usize {
         let state = self.read();
         state.table.capacity().max(state.by_identity.capacity())
+    }
+}
+
+impl Drop for Inodes {
+    fn drop(&mut self) {
+        self.budget.give_back(self.live());
     }
 }
 

@@ -21,6 +21,8 @@
 mod acl;
 mod attributes;
 mod budget;
+mod changes;
+mod common;
 mod control;
 mod direct;
 mod directory;
@@ -55,8 +57,12 @@ pub use options::{
     CachePolicy, DaxPolicy, DirectPolicy, LockLimits, LockPolicy, Options, Timeouts, XattrPolicy,
 };
 
+pub use common::Common;
+pub(crate) use common::NUMBER_BITS;
+
 use crate::dax::Policy;
-use budget::Budget;
+use budget::{Budget, Permit};
+use changes::Changes;
 use handle::Handles;
 use host::Host;
 use inode::{Identity, Inodes};
@@ -64,7 +70,7 @@ use locks::Locks;
 use mount::Mounts;
 use reach::Directories;
 
-use crate::fuse::Errno;
+use table::Numbers;
 
 /// A host directory as a file system.
 ///
@@ -81,8 +87,14 @@ pub struct Share {
     inodes: Inodes,
     handles: Handles,
     /// Of the files that can be mapped, which are. `None`: all.
-    mapped: Option<Policy>,
+    mapped: Option<Arc<Policy>>,
     locks: Locks,
+    changes: Changes,
+    numbers: Numbers,
+    /// Which of the shares of its session it is.
+    index: u32,
+    /// For the descriptors that it holds itself.
+    _own_descriptors: Permit,
     directories: Directories,
     /// Descriptors that are held for the guest: handles, files without a name, locks.
     descriptors: Arc<Budget>,
@@ -101,6 +113,20 @@ impl Share {
     /// The host's, also when the directory is in proc, sysfs or another interface of its kernel; when the directory or `/proc/self/fd` cannot be opened; `ENOSYS` when the host has no
     /// `openat2` (Linux 5.6).
     pub fn new(options: Options) -> io::Result<Self> {
+        Self::among(&Common::new(&options), 0, options)
+    }
+
+    /// The same, as one of several shares of a session, which have `common` in common. Each has an `index` of its
+    /// own, from 1 to 2^20 - 1, which is in its numbers. Limits on nodes, descriptors and memory are those of
+    /// `common`; so is the room in the window.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); `ENFILE` when the others have left no descriptors.
+    pub fn among(common: &Common, index: u32, options: Options) -> io::Result<Self> {
+        // The directory, the same open for reading, /proc/self/fd, and one to spare.
+        const OWN: usize = 4;
+        let own_descriptors = common.descriptors.take(if index == 0 { 0 } else { OWN })?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, &options.directory, flags, Mode::empty())?;
         let host = Host::new()?;
@@ -124,22 +150,24 @@ impl Share {
         let caps = options.caps();
         let mounts = Mounts::new(&host, &root, &attributes, options.file_handles)?;
         let identity = Identity::of(mounts.root().clone(), &root, &attributes);
-        let descriptors = Budget::new(caps.descriptors, Errno::NFILE);
+        let numbers = Numbers::of(index);
+        let descriptors = common.descriptors.clone();
         Ok(Self {
-            switch_identity: options.switch_identity.unwrap_or_else(identity::can_switch),
+            switch_identity: options.switches_identity(),
             own: identity::own(),
             root: Arc::new(root),
             mounts,
-            inodes: Inodes::new(identity, caps.inodes),
-            handles: Handles::new(caps.handles, descriptors.clone()),
+            inodes: Inodes::new(identity, numbers, common.nodes.clone())?,
+            handles: Handles::new(caps.handles, numbers, descriptors.clone()),
             directories: Directories::default(),
             descriptors,
-            buffers: Budget::new(caps.buffers, Errno::NOMEM),
-            mapped: match (options.dax, options.window) {
-                (DaxPolicy::Inode, Some(window)) => Some(Policy::new(window, !options.direct_io())),
-                _ => None,
-            },
-            locks: Locks::new(options.locks, options.lock_limits())?,
+            buffers: common.buffers.clone(),
+            mapped: common.mapped.clone(),
+            locks: Locks::new(options.locks, options.lock_limits().owners, common)?,
+            changes: Changes::new(!options.read_only),
+            numbers,
+            index,
+            _own_descriptors: own_descriptors,
             host,
             options,
         })

@@ -9,6 +9,7 @@ use rustix::fs::{
     renameat_with, symlinkat, unlinkat,
 };
 
+use super::changes::Changing;
 use super::identity::WithoutFsetid;
 use super::inode::{Identity, Inode};
 use super::mount::Mount;
@@ -38,10 +39,9 @@ impl Share {
     }
 
     /// The same, of one that changes it.
-    fn writable_directory(&self, nodeid: u64) -> Result<Arc<Inode>> {
+    fn writable_directory(&self, nodeid: u64) -> Result<(Arc<Inode>, Changing<'_>)> {
         let inode = self.directory(nodeid)?;
-        self.check_writable()?;
-        Ok(inode)
+        Ok((inode, self.change()?))
     }
 
     /// LOOKUP. That there is no such entry is an answer that the guest may keep when it is not an error:
@@ -179,7 +179,7 @@ impl Share {
         name: &CStr,
         make: impl FnOnce(&Held) -> rustix::io::Result<()>,
     ) -> Result<EntryOut> {
-        let directory = self.writable_directory(caller.nodeid)?;
+        let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let file = self.file(&directory)?;
         {
             let _identity = self.identity(caller)?;
@@ -233,7 +233,7 @@ impl Share {
     }
 
     pub(super) fn remove(&self, caller: Caller, name: &CStr, flags: AtFlags) -> Result<()> {
-        let directory = self.writable_directory(caller.nodeid)?;
+        let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let file = self.file(&directory)?;
         let owner = self.owner_of(&directory, &file, name);
         unlinkat(&file, name, flags)?;
@@ -255,7 +255,7 @@ impl Share {
             return Err(Errno::INVAL);
         }
         let old = self.directory(caller.nodeid)?;
-        let new = self.writable_directory(new_directory)?;
+        let (new, _changing) = self.writable_directory(new_directory)?;
         let (from, to) = (self.file(&old)?, self.file(&new)?);
         // A handle does not change by it.
         let moved = match old.identity.mount.has_handles() {
@@ -284,7 +284,7 @@ impl Share {
 
     pub(super) fn make_link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut> {
         let inode = self.inodes.get(nodeid)?;
-        let directory = self.writable_directory(caller.nodeid)?;
+        let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         if inode.is_directory() {
             return Err(Errno::PERM);
         }
@@ -309,7 +309,7 @@ impl Share {
         name: &CStr,
         request: &CreateIn,
     ) -> Result<(EntryOut, OpenOut)> {
-        let directory = self.writable_directory(caller.nodeid)?;
+        let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let flags = self.open_flags(request.flags)?;
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let parent = self.file(&directory)?;
@@ -350,7 +350,7 @@ impl Share {
         caller: Caller,
         request: &CreateIn,
     ) -> Result<(EntryOut, OpenOut)> {
-        let directory = self.writable_directory(caller.nodeid)?;
+        let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let mut flags = self.creation_flags(self.open_flags(request.flags)?);
         // O_EXCL says that it will never get a name. Here it is no flag of an open file.
         flags.set(OFlags::EXCL, request.flags & libc::O_EXCL as u32 != 0);
@@ -385,6 +385,9 @@ impl Share {
         }
         inode.check_openable()?;
         let flags = self.open_flags(flags)?;
+        // Held while the file is opened: one that was opened before a switch to read-only is known then.
+        let changes = flags.intersects(OFlags::ACCMODE | OFlags::TRUNC);
+        let _changing = changes.then(|| self.change()).transpose()?;
         let fd = {
             let truncates = flags.contains(OFlags::TRUNC);
             let _kill = WithoutFsetid::when(kill && truncates)?;

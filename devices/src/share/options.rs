@@ -116,7 +116,7 @@ impl LockLimits {
 pub struct Options {
     /// The host directory.
     pub directory: PathBuf,
-    /// Every change is answered with `EROFS`.
+    /// Every change is answered with `EROFS`, from the start on.
     pub read_only: bool,
     /// How long the guest may trust what it was told.
     pub cache: CachePolicy,
@@ -259,6 +259,11 @@ impl Options {
             CachePolicy::Auto => FOPEN_CACHE_DIR,
             CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
         }
+    }
+
+    /// Whether files are made with the ids of the guest's process.
+    pub(crate) fn switches_identity(&self) -> bool {
+        self.switch_identity.unwrap_or_else(super::identity::can_switch)
     }
 
     pub(super) fn lock_limits(&self) -> LockLimits {

@@ -7,7 +7,6 @@ use super::handle::Handle;
 use super::inode::{Inode, Which};
 use super::mount::{Mount, Place};
 use super::{Share, host};
-use crate::fuse::abi::ROOT_ID;
 use crate::fuse::{Errno, Result};
 use crate::sync::lock;
 
@@ -114,7 +113,7 @@ impl Share {
 
     /// The file of a node, if it is open.
     fn held(&self, inode: &Inode) -> Option<Held> {
-        if inode.nodeid == ROOT_ID {
+        if inode.nodeid == self.inodes.root() {
             return Some(Held::Shared(self.root.clone()));
         }
         if let Some(handle) = self.handles.of_node(inode.nodeid) {

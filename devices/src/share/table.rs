@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+use super::common::NUMBER_BITS;
 use crate::fuse::{Errno, Result};
 
 /// A value that knows its number.
@@ -12,15 +13,35 @@ pub(super) trait Numbered {
     fn number(&self) -> &u64;
 }
 
-/// Values by number. The first value ever inserted has number 1, the next one 2: a number is given out once
-/// and never again, so one whose value is gone is stale for good. The guest would need centuries to get to
-/// `u64::MAX`, which means "none" to it.
+/// Values by number. The first value ever inserted has the first number of [`Numbers`], the next one the next: a
+/// number is given out once and never again, so one whose value is gone is stale for good.
 ///
 /// A value costs its [`Arc`] and some 10 to 20 bytes; what was needed for values that are gone goes back.
 pub(super) struct Table<T> {
     values: HashSet<Entry<T>>,
+    numbers: Numbers,
     next: u64,
     most: usize,
+}
+
+/// The numbers that a share gives out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Numbers {
+    /// The first one; that of the root, among node ids.
+    pub(super) first: u64,
+    /// None of them is larger.
+    pub(super) last: u64,
+}
+
+impl Numbers {
+    /// Those of the share with that index in its session. A share that is alone has index 0 and all numbers: the
+    /// guest would need centuries to get to `u64::MAX`, which means "none" to it. Among others, a hundred thousand
+    /// a second last five years.
+    pub(super) fn of(index: u32) -> Self {
+        let base = u64::from(index) << NUMBER_BITS;
+        let last = base | ((1 << NUMBER_BITS) - 1);
+        Self { first: base + 1, last: if index == 0 { u64::MAX } else { last } }
+    }
 }
 
 /// Stands in the set under the number that the value has inside, which is not stored a second time.
@@ -58,8 +79,8 @@ pub(super) fn shrink<T: Eq + Hash>(set: &mut HashSet<T>) {
 
 impl<T: Numbered> Table<T> {
     /// An empty table for at most `most` values.
-    pub(super) fn new(most: usize) -> Self {
-        Self { values: HashSet::new(), next: 1, most }
+    pub(super) fn new(most: usize, numbers: Numbers) -> Self {
+        Self { values: HashSet::new(), numbers, next: numbers.first, most }
     }
 
     pub(super) fn live(&self) -> usize {
@@ -81,7 +102,9 @@ impl<T: Numbered> Table<T> {
         if self.values.len() >= self.most {
             return Err(Errno::NFILE);
         }
-        let next = self.next.checked_add(1).ok_or(Errno::NFILE)?;
+        // The last one is not given out.
+        let next = self.next.checked_add(1).filter(|next| *next <= self.numbers.last);
+        let next = next.ok_or(Errno::NFILE)?;
         let value = Arc::new(value(self.next));
         self.next = next;
         self.values.insert(Entry(value.clone()));
@@ -96,7 +119,7 @@ impl<T: Numbered> Table<T> {
     pub(super) fn get(&self, number: u64) -> Result<&Arc<T>> {
         match self.values.get(&number) {
             Some(Entry(value)) => Ok(value),
-            None if number > 0 && number < self.next => Err(Errno::STALE),
+            None if (self.numbers.first..self.next).contains(&number) => Err(Errno::STALE),
             None => Err(Errno::NOENT),
         }
     }
@@ -136,7 +159,7 @@ mod tests {
 
     #[test]
     fn the_first_number_is_one_and_a_removed_one_is_stale() {
-        let mut table = Table::new(8);
+        let mut table = Table::new(8, Numbers::of(0));
         assert_eq!(insert(&mut table, 'a'), Ok(1));
         assert_eq!(**table.get(1).unwrap(), Value(1, 'a'));
         table.remove(1).unwrap();
@@ -149,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_number_that_never_was_is_not_found() {
-        let mut table = Table::new(8);
+        let mut table = Table::new(8, Numbers::of(0));
         insert(&mut table, 'a').unwrap();
         for number in [0, 2, 1 << 32, (7 << 32) | 1, u64::MAX] {
             assert_eq!(table.get(number), Err(Errno::NOENT), "{number:#x}");
@@ -159,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_full_table_refuses_until_there_is_room() {
-        let mut table = Table::new(2);
+        let mut table = Table::new(2, Numbers::of(0));
         assert_eq!(insert(&mut table, 'a'), Ok(1));
         assert_eq!(insert(&mut table, 'b'), Ok(2));
         assert_eq!(insert(&mut table, 'c'), Err(Errno::NFILE));
@@ -170,7 +193,7 @@ mod tests {
 
     #[test]
     fn what_is_gone_costs_no_memory_whichever_are_left() {
-        let mut table = Table::new(usize::MAX);
+        let mut table = Table::new(usize::MAX, Numbers::of(0));
         for _ in 0..10_000 {
             insert(&mut table, 'x').unwrap();
         }
@@ -185,5 +208,21 @@ mod tests {
         assert_eq!(table.get(1_000).unwrap().0, 1_000);
         table.drain(|_| false);
         assert!(table.capacity() <= 200);
+    }
+
+    #[test]
+    fn the_numbers_of_an_index_begin_and_end_with_it() {
+        let numbers = Numbers::of(7);
+        let mut table = Table::new(8, numbers);
+        let first = 7 << NUMBER_BITS | 1;
+        assert_eq!(insert(&mut table, 'x'), Ok(first));
+        assert_eq!(table.get(1).err(), Some(Errno::NOENT));
+        assert_eq!(table.get(7 << NUMBER_BITS).err(), Some(Errno::NOENT));
+        assert_eq!(table.get(first + 1).err(), Some(Errno::NOENT));
+        table.remove(first).unwrap();
+        assert_eq!(table.get(first).err(), Some(Errno::STALE));
+        table.next = numbers.last - 1;
+        assert_eq!(insert(&mut table, 'y').map(|number| number >> NUMBER_BITS), Ok(7));
+        assert_eq!(insert(&mut table, 'z'), Err(Errno::NFILE));
     }
 }

@@ -123,7 +123,7 @@ impl Share {
         kill_sgid: bool,
     ) -> Result<()> {
         self.check_attributes()?;
-        self.check_writable()?;
+        let _changing = self.change()?;
         let flags = XattrFlags::from_bits(flags)
             .filter(|flags| (XattrFlags::CREATE | XattrFlags::REPLACE).contains(*flags))
             .ok_or(Errno::INVAL)?;
@@ -186,7 +186,7 @@ impl Share {
 
     pub(super) fn remove_xattr(&self, caller: Caller, name: &CStr) -> Result<()> {
         self.check_attributes()?;
-        self.check_writable()?;
+        let _changing = self.change()?;
         let host_name = self.host_name(name)?;
         let inode = self.inodes.get(caller.nodeid)?;
         let file = self.file(&inode)?;

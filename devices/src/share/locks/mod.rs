@@ -34,8 +34,9 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::Share;
 use super::budget::{Budget, Permit};
+use super::common::Common;
 use super::handle::{Handle, OpenFile};
-use super::options::{LockLimits, LockPolicy};
+use super::options::LockPolicy;
 use crate::fuse::abi::{FileLock, FlushIn, LK_FLOCK, LkIn, RELEASE_FLOCK_UNLOCK, ReleaseIn};
 use crate::fuse::{Caller, Errno, LockReply, Result, Wait};
 use crate::sync::lock;
@@ -98,19 +99,21 @@ pub(super) struct Locks {
 }
 
 impl Locks {
+    /// Those of a share, for at most so many owners.
+    ///
     /// # Errors
     ///
     /// The host's, when a signal cannot be given a handler.
-    pub(super) fn new(policy: LockPolicy, limits: LockLimits) -> io::Result<Self> {
+    pub(super) fn new(policy: LockPolicy, most_owners: usize, common: &Common) -> io::Result<Self> {
         if policy == LockPolicy::Host {
             sys::prepare()?;
         }
         Ok(Self {
             table: Mutex::new(Table { owners: BTreeMap::new(), generation: 0 }),
             count: AtomicUsize::new(0),
-            most_owners: limits.owners,
-            records: Budget::new(limits.records, Errno::NOLCK),
-            waiters: Budget::new(limits.waiters, Errno::NOLCK),
+            most_owners,
+            records: common.lock_records.clone(),
+            waiters: common.lock_waiters.clone(),
         })
     }
 
