@@ -1,5 +1,6 @@
 //! File systems for tests: those that this machine lets the test make.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -67,6 +68,11 @@ impl Disk {
 
     pub(crate) fn path(&self) -> &Path {
         self.mounted.as_ref().unwrap().path()
+    }
+
+    /// Bytes of it that were ever written.
+    pub(crate) fn reached(&self) -> u64 {
+        std::fs::metadata(self.directory.path().join("image")).unwrap().blocks() * 512
     }
 }
 

@@ -4,6 +4,7 @@ mod attributes;
 mod caching;
 mod control;
 mod directories;
+mod disks;
 mod escapes;
 mod files;
 mod identity;

@@ -16,7 +16,7 @@ const WAYS: [bool; 2] = [true, false];
 
 /// Runs a test where its mounts are seen by nobody else, once for each way; not at all where this process may
 /// not mount.
-fn with_mounts(test: impl Fn(&Guest) + Send + Sync) {
+pub(super) fn with_mounts(test: impl Fn(&Guest) + Send + Sync) {
     for way in WAYS {
         std::thread::scope(|scope| {
             let run = || {
