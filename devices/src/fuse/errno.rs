@@ -24,6 +24,7 @@ errnos! {
     ACCES = EACCES,
     AGAIN = EAGAIN,
     BADF = EBADF,
+    DEADLK = EDEADLK,
     EXIST = EEXIST,
     FBIG = EFBIG,
     INVAL = EINVAL,

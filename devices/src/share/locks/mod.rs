@@ -14,12 +14,13 @@
 //!   For a process's locks that never comes too early: a process that closes a file gives all its locks on it
 //!   up before (FLUSH).
 //!
-//! The host does not look for deadlocks among such locks, as it does among those of processes: a guest that
-//! makes one gets no `EDEADLK` but waits.
+//! The host does not look for deadlocks among such locks, as it does among those of processes; among the owners of
+//! one guest it is done here.
 //!
 //! Bounded are the descriptions, the records of locks that the host keeps, and the threads that wait. Above,
 //! the answer is `ENOLCK`.
 
+mod deadlock;
 mod ranges;
 mod sys;
 mod wait;
@@ -40,6 +41,7 @@ use super::options::LockPolicy;
 use crate::fuse::abi::{FileLock, FlushIn, LK_FLOCK, LkIn, RELEASE_FLOCK_UNLOCK, ReleaseIn};
 use crate::fuse::{Caller, Errno, LockReply, Result, Wait};
 use crate::sync::lock;
+use deadlock::{Waiting, Waits};
 use ranges::{Change, Kind, Ranges, Span};
 
 /// Whose locks: a node, and a number that the guest gave its process or open file.
@@ -96,6 +98,8 @@ pub(super) struct Locks {
     records: Arc<Budget>,
     /// Requests that may still wait.
     waiters: Arc<Budget>,
+    /// What POSIX locks are waited for.
+    waits: Arc<Waits>,
 }
 
 impl Locks {
@@ -114,6 +118,7 @@ impl Locks {
             most_owners,
             records: common.lock_records.clone(),
             waiters: common.lock_waiters.clone(),
+            waits: Arc::default(),
         })
     }
 
@@ -324,6 +329,8 @@ struct Waiter {
     span: Span,
     /// For the records that the lock may take: it must not fail when it was granted.
     records: Permit,
+    /// None until it is known that it may wait.
+    waiting: Option<Waiting>,
     _place: Permit,
 }
 
@@ -403,7 +410,8 @@ impl Share {
                     let records = self.locks.records.take(Change::MOST)?;
                     state.waiters += 1;
                     drop(state);
-                    let mut waiter = Waiter { owner, span, records, _place: place };
+                    let mut waiter = Waiter { owner, span, records, waiting: None, _place: place };
+                    waiter.waiting = Some(self.locks.begin_waiting(key, span)?);
                     wait::start(wait, move || waiter.attempt())
                 }
                 (Err(errno), _) => Err(errno),

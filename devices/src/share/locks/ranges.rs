@@ -104,6 +104,13 @@ impl Ranges {
         self.0.iter()
     }
 
+    /// Whether another owner cannot set `span`.
+    pub(super) fn exclude(&self, span: Span) -> bool {
+        let start = self.0.partition_point(|held| held.last < span.first);
+        let mut met = self.0.iter().skip(start).take_while(|held| held.first <= span.last);
+        met.any(|held| span.kind == Some(Kind::Write) || held.kind == Some(Kind::Write))
+    }
+
     /// What would come of setting `span`, by the rules of fcntl(2): it takes the place of all that was locked
     /// there, and what is left of that on either side stays.
     pub(super) fn plan(&self, span: Span) -> Change {

@@ -480,6 +480,53 @@ fn a_process_that_closes_a_file_while_it_waits_loses_its_locks_and_goes_on_waiti
 }
 
 #[test]
+fn who_would_wait_for_ever_is_told_so_and_others_wait() {
+    let (guest, node, fh) = open();
+    std::fs::write(guest.path().join("other"), "").unwrap();
+    let other = guest.node("other");
+    let other_fh = guest.fh(other, libc::O_RDWR);
+    std::thread::scope(|scope| {
+        let wait = |node, request, unique| {
+            let guest = &guest;
+            until_they_wait(guest, 1, move || {
+                scope.spawn(move || guest.setlkw(node, request, unique))
+            })
+        };
+        for owner in 1..=3 {
+            assert_eq!(guest.setlk(node, lk(fh, owner, WRITE, owner, owner)), 0);
+        }
+        assert_eq!(guest.setlk(other, lk(other_fh, 4, READ, 0, END)), 0);
+        // 1 waits for 2, 2 for 3; 3 for 4, on another file.
+        let one = wait(node, lk(fh, 1, READ, 2, 2), 100);
+        let two = wait(node, lk(fh, 2, WRITE, 3, 9), 102);
+        let three = wait(other, lk(other_fh, 3, WRITE, 7, 7), 104);
+        for span in [1..=1, 2..=2, 3..=3, 0..=END] {
+            let (first, last) = span.into_inner();
+            let request = lk(fh, 4, WRITE, first, last);
+            assert_eq!(guest.setlkw(node, request, 106), libc::EDEADLK, "{first} to {last}");
+        }
+        assert_eq!(guest.setlk(node, lk(fh, 4, WRITE, 1, 1)), libc::EAGAIN, "nobody waits for it");
+        // 5 has nothing that anybody waits for.
+        let five = wait(node, lk(fh, 5, READ, 1, 3), 108);
+        assert_eq!(guest.share.live_lock_waiters(), 4);
+
+        // And all get what they wait for, in the order of the chain.
+        assert_eq!(guest.setlk(other, lk(other_fh, 4, UNLOCK, 0, END)), 0);
+        assert_eq!(three.join().unwrap(), 0);
+        assert_eq!(guest.setlk(node, lk(fh, 3, UNLOCK, 0, END)), 0);
+        assert_eq!(two.join().unwrap(), 0);
+        assert_eq!(guest.setlk(node, lk(fh, 2, UNLOCK, 0, END)), 0);
+        assert_eq!(one.join().unwrap(), 0);
+        assert_eq!(guest.setlk(node, lk(fh, 1, UNLOCK, 0, END)), 0);
+        assert_eq!(five.join().unwrap(), 0);
+    });
+    // What was waited for is forgotten: the other way round there is no circle now.
+    assert_eq!(guest.share.live_lock_waiters(), 0);
+    assert_eq!(guest.setlk(node, lk(fh, 5, UNLOCK, 0, END)), 0);
+    assert_eq!(guest.setlkw(node, lk(fh, 4, WRITE, 0, END), 110), 0);
+}
+
+#[test]
 fn locks_are_bounded() {
     let limits = LockLimits { owners: 3, records: 6, waiters: 2 };
     let guest = Guest::with(|options| options.max_locks = Some(limits));
