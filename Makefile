@@ -38,7 +38,7 @@ demo: build kernel ## share a directory with a guest and look at it from both si
 	$(unpack)
 	WITH_KVM_CPUS=1 tests/with-kvm tests/demo
 
-test: lint unit door integration ## everything a change must pass
+test: lint unit door suites-quick integration ## everything a change must pass
 
 lint: tools ## formatting, clippy, the scripts' syntax
 	cargo fmt --all --check
@@ -54,8 +54,8 @@ unit: tools ## the tests that need no virtual machine
 door: tools ## the tests of a share on /dev/fuse: here as root, else in the emulated machine
 	$(in_fuse) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test door
 
-suites-quick: tools ## a small part of what `make suites` runs, on /dev/fuse: minutes
-	tests/suite --quick pjdfstest fsx fio git tar sqlite
+suites-quick: tools ## a small part of what `make suites` runs on /dev/fuse: two minutes, two more the first time
+	JOBS=$(jobs) tests/suite --quick --where-possible pjdfstest stress-ng fsx fio sqlite git tar find
 
 suites: build kernel ## pjdfstest, stress-ng, fsx, fio, sqlite, git, tar, apt, find; on /dev/fuse and in guests: hours
 	tests/suite all

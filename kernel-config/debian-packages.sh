@@ -8,6 +8,9 @@
 #   debian_depends PACKAGE VERSION    print what that version depends on, a package name a line
 #   debian_extract PACKAGE[=VERSION] DIRECTORY
 #                                     download it and unpack its files below DIRECTORY, installing nothing
+#   debian_program PROGRAM PACKAGE DIRECTORY
+#                                     have PROGRAM on the PATH of this script: where it is not installed, from PACKAGE
+#                                     unpacked below DIRECTORY
 #   debian_install PACKAGE=VERSION…   install (root only), dependencies from backports where they must be
 #
 # Errors are one line on standard error and a false status.
@@ -135,6 +138,11 @@ debian_extract() {
     local status=$?
     rm -rf "$download"
     return $status
+}
+
+debian_program() {
+    command -v "$1" >/dev/null && return
+    debian_extract "$2" "$3" && PATH=$PATH:$3/usr/bin:$3/bin
 }
 
 debian_install() {
