@@ -14,7 +14,7 @@ in_fuse := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/with-fu
 PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
-           kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window \
+           kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window tests/killed-waiter \
            tests/suite \
            $(wildcard tests/suites/*)
 
