@@ -180,11 +180,8 @@ impl Share {
         // The owner before the mode: changing it clears suid and sgid, which the mode may have set anew.
         if let Some((uid, gid)) = owner {
             chownat(&file, c"", uid, gid, ITSELF)?;
-            // Who may neither read nor write it has not given it away either.
-            if inode.is_regular()
-                && let Ok(open) = self.host.reopen(&file, OFlags::RDONLY)
-            {
-                self.drop_mapped_capability(open)?;
+            if inode.is_regular() {
+                self.drop_mapped_capability_by_path(&file)?;
             }
         }
         if valid.contains(SetattrValid::MODE) {

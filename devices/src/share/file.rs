@@ -6,6 +6,7 @@ use rustix::fs::{
     FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek, syncfs,
 };
 
+use super::handle::Room;
 use super::identity::WithoutFsetid;
 use super::reach::Held;
 use super::{Share, sys};
@@ -85,9 +86,15 @@ impl Share {
         self.host.reopen(file, flags)
     }
 
-    pub(super) fn add_open_file(&self, nodeid: u64, fd: OwnedFd, flags: OFlags) -> Result<OpenOut> {
+    pub(super) fn add_open_file(
+        &self,
+        nodeid: u64,
+        fd: OwnedFd,
+        flags: OFlags,
+        room: Room,
+    ) -> Result<OpenOut> {
         let writable = flags & OFlags::ACCMODE != OFlags::RDONLY;
-        let fh = self.handles.add_file(nodeid, fd, writable)?;
+        let fh = self.handles.add_file(nodeid, fd, writable, room)?;
         if let Some(mapped) = &self.mapped {
             mapped.opened(nodeid);
         }
@@ -96,8 +103,9 @@ impl Share {
 
     pub(super) fn open_directory(&self, caller: Caller) -> Result<OpenOut> {
         let inode = self.directory(caller.nodeid)?;
+        let room = self.handles.room()?;
         let fd = self.host.reopen(self.file(&inode)?, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let fh = self.handles.add_directory(caller.nodeid, fd)?;
+        let fh = self.handles.add_directory(caller.nodeid, fd, room)?;
         Ok(OpenOut { fh, open_flags: self.options.directory_open_flags(), passthrough: 0 })
     }
 
@@ -311,6 +319,7 @@ impl Share {
         place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
     ) -> Result<()> {
         let inode = self.inodes.get(caller.nodeid)?;
+        inode.check_open_to_guests()?;
         if !inode.is_regular() {
             return Err(Errno::INVAL);
         }
@@ -322,8 +331,9 @@ impl Share {
             false => None,
         };
         let file = match changing.as_ref().map(|_| self.host.reopen(&found, OFlags::RDWR)) {
-            Some(Ok(file)) => file,
+            Some(Ok(file)) if writable => file,
             Some(Err(error)) if writable => return Err(error),
+            // Also when it was opened for writing: held like that, the host could not run it (ETXTBSY).
             _ => self.host.reopen(found, OFlags::RDONLY)?,
         };
         place(file.as_fd(), self.index)

@@ -35,7 +35,7 @@ pub(super) struct Handle {
     nodeid: u64,
     fh: u64,
     kind: Kind,
-    _permit: Permit,
+    _room: Room,
 }
 
 impl Numbered for Handle {
@@ -88,14 +88,30 @@ struct State {
 /// All of them.
 pub(super) struct Handles {
     state: RwLock<State>,
+    slots: Arc<Budget>,
     descriptors: Arc<Budget>,
+}
+
+/// Room for one more. Taken before its file is made, opened or truncated, so that nothing is done to a file that the
+/// guest is then told it could not open.
+pub(super) struct Room {
+    _slot: Permit,
+    _descriptor: Permit,
 }
 
 impl Handles {
     /// A table for at most `most`, each of which takes one of `descriptors`.
     pub(super) fn new(most: usize, numbers: Numbers, descriptors: Arc<Budget>) -> Self {
-        let state = State { table: Table::new(most, numbers), by_node: BTreeSet::new() };
-        Self { state: RwLock::new(state), descriptors }
+        let state = State { table: Table::new(usize::MAX, numbers), by_node: BTreeSet::new() };
+        let slots = Budget::new(most, Errno::NFILE);
+        Self { state: RwLock::new(state), slots, descriptors }
+    }
+
+    /// # Errors
+    ///
+    /// `ENFILE` when too many are open.
+    pub(super) fn room(&self) -> Result<Room> {
+        Ok(Room { _slot: self.slots.take(1)?, _descriptor: self.descriptors.take(1)? })
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
@@ -110,10 +126,9 @@ impl Handles {
         self.read().table.live()
     }
 
-    fn insert(&self, nodeid: u64, kind: Kind) -> Result<u64> {
-        let permit = self.descriptors.take(1)?;
+    fn insert(&self, nodeid: u64, kind: Kind, room: Room) -> Result<u64> {
         let mut state = self.write();
-        let handle = state.table.insert(|fh| Handle { nodeid, fh, kind, _permit: permit })?;
+        let handle = state.table.insert(|fh| Handle { nodeid, fh, kind, _room: room })?;
         state.by_node.insert((nodeid, handle.fh));
         Ok(handle.fh())
     }
@@ -127,17 +142,23 @@ impl Handles {
 
     /// # Errors
     ///
-    /// `ENFILE` when too many are open.
-    pub(super) fn add_file(&self, nodeid: u64, fd: OwnedFd, writable: bool) -> Result<u64> {
-        self.insert(nodeid, Kind::File(OpenFile { fd, writable, direct: Direct::default() }))
+    /// `ENFILE` when there are no numbers any more.
+    pub(super) fn add_file(
+        &self,
+        nodeid: u64,
+        fd: OwnedFd,
+        writable: bool,
+        room: Room,
+    ) -> Result<u64> {
+        self.insert(nodeid, Kind::File(OpenFile { fd, writable, direct: Direct::default() }), room)
     }
 
     /// # Errors
     ///
-    /// `ENFILE` when too many are open.
-    pub(super) fn add_directory(&self, nodeid: u64, fd: OwnedFd) -> Result<u64> {
+    /// As [`add_file`](Self::add_file).
+    pub(super) fn add_directory(&self, nodeid: u64, fd: OwnedFd, room: Room) -> Result<u64> {
         let position = Mutex::default();
-        self.insert(nodeid, Kind::Directory(OpenDirectory { fd, position }))
+        self.insert(nodeid, Kind::Directory(OpenDirectory { fd, position }), room)
     }
 
     /// The handle `fh` of node `nodeid`.

@@ -44,7 +44,10 @@ pub(super) enum Which {
 /// What tells a file from all others without a handle, and the name under which it is reached.
 #[derive(Debug)]
 pub(super) struct Named {
-    dev: (u32, u32),
+    /// As the kernel keeps it: 12 bits of the major and 20 of the minor number.
+    dev: u32,
+    /// `S_IFMT` part of the mode: a number that is used again for a FIFO is never opened as what it was.
+    kind: u16,
     ino: u64,
     /// So that another file with a number that is used again is another file: nanoseconds since 1970, 0 where
     /// there is no birth time that never changes.
@@ -58,7 +61,8 @@ impl Named {
         // On overlayfs a file is born again when it is copied up.
         let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0 && !mount.overlay;
         Self {
-            dev: (stat.stx_dev_major, stat.stx_dev_minor),
+            dev: (stat.stx_dev_major << 20) | (stat.stx_dev_minor & 0xf_ffff),
+            kind: stat.stx_mode & libc::S_IFMT as u16,
             ino: stat.stx_ino,
             birth: if has_birth { nanoseconds(&stat.stx_btime) } else { 0 },
             place: Mutex::new(None),
@@ -66,7 +70,7 @@ impl Named {
     }
 
     fn key(&self) -> impl Hash + Eq + use<> {
-        (self.dev, self.ino, self.birth)
+        (self.dev, self.kind, self.ino, self.birth)
     }
 
     pub(super) fn place(&self) -> Option<Place> {
@@ -254,7 +258,7 @@ impl Inodes {
         };
         let inodes = Self { state: RwLock::new(state), budget, root: numbers.first };
         // The first one has the first number.
-        inodes.remember(root, libc::S_IFDIR)?;
+        inodes.remember(root, libc::S_IFDIR, &mut inodes.room(0)?)?;
         Ok(inodes)
     }
 
@@ -289,12 +293,28 @@ impl Inodes {
         self.read().known(identity).cloned()
     }
 
-    /// Counts a lookup of a file and returns its node, new or known. `kind` is the `S_IFMT` part of its mode.
+    /// Room for `count` more nodes. Taken before a file is made, so that there is none that the guest is then
+    /// not told of; 0 for files that are there.
     ///
     /// # Errors
     ///
     /// `ENFILE` when there are too many nodes.
-    pub(super) fn remember(&self, identity: Identity, kind: u32) -> Result<Arc<Inode>> {
+    pub(super) fn room(&self, count: usize) -> Result<Permit> {
+        self.budget.take(count)
+    }
+
+    /// Counts a lookup of a file and returns its node, new or known. `kind` is the `S_IFMT` part of its mode.
+    /// `room` is used up for a new one, if it has any.
+    ///
+    /// # Errors
+    ///
+    /// `ENFILE` when there are too many nodes.
+    pub(super) fn remember(
+        &self,
+        identity: Identity,
+        kind: u32,
+        room: &mut Permit,
+    ) -> Result<Arc<Inode>> {
         {
             let state = self.read();
             if let Some(inode) = state.known(&identity) {
@@ -307,11 +327,11 @@ impl Inodes {
             inode.count_lookup();
             return Ok(inode.clone());
         }
-        self.budget.draw(1)?;
+        room.spend(1)?;
         let inode = state
             .table
             .insert(|nodeid| Inode { nodeid, lookups: AtomicU64::new(1), identity, kind })
-            .inspect_err(|_| self.budget.give_back(1))?;
+            .inspect_err(|_| room.take_back(1))?;
         state.by_identity.insert(ByIdentity(inode.clone()));
         Ok(inode)
     }
@@ -420,10 +440,27 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuse::testing::Guest;
+    use crate::share::host;
 
     #[test]
     fn a_node_is_small() {
         assert!(size_of::<Inode>() <= 64, "{}", size_of::<Inode>());
         assert!(size_of::<Named>() <= 56, "{}", size_of::<Named>());
+    }
+
+    #[test]
+    fn a_number_that_is_used_again_for_another_kind_is_another_file() {
+        let guest = Guest::new();
+        let root = guest.share.inodes.get(guest.share.inodes.root()).unwrap();
+        let mount = &root.identity.mount;
+        std::fs::write(guest.path().join("file"), "").unwrap();
+        let stat = host::stat(std::fs::File::open(guest.path().join("file")).unwrap()).unwrap();
+        let (mut fifo, mut moved) = (stat, stat);
+        fifo.stx_mode = libc::S_IFIFO as u16 | 0o600;
+        moved.stx_dev_minor ^= 1;
+        assert_eq!(Named::of(&stat, mount), Named::of(&stat, mount));
+        assert_ne!(Named::of(&stat, mount), Named::of(&fifo, mount));
+        assert_ne!(Named::of(&stat, mount), Named::of(&moved, mount));
     }
 }

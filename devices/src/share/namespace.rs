@@ -9,7 +9,9 @@ use rustix::fs::{
     renameat_with, symlinkat, unlinkat,
 };
 
+use super::budget::Permit;
 use super::changes::Changing;
+use super::handle::Room;
 use super::identity::WithoutFsetid;
 use super::inode::{Identity, Inode};
 use super::mount::Mount;
@@ -22,8 +24,6 @@ use crate::fuse::{Caller, Errno, Result};
 struct Owner {
     inode: Arc<Inode>,
     fd: OwnedFd,
-    /// There is no other name.
-    last: bool,
 }
 
 fn is_directory(stat: &Statx) -> bool {
@@ -66,16 +66,17 @@ impl Share {
         file: impl AsFd,
         name: &CStr,
     ) -> Result<EntryOut> {
-        self.entry(directory, Some(name), host::find(file, name)?)
+        self.entry(directory, Some(name), host::find(file, name)?, &mut self.inodes.room(0)?)
     }
 
     /// Counts a lookup of the file behind a descriptor, which was found in `directory` under `name` or was
-    /// made there without one.
+    /// made there without one. `room` is that of its node.
     fn entry(
         &self,
         directory: &Arc<Inode>,
         name: Option<&CStr>,
         fd: impl AsFd,
+        room: &mut Permit,
     ) -> Result<EntryOut> {
         let stat = host::stat(&fd)?;
         let parent = &directory.identity.mount;
@@ -87,7 +88,7 @@ impl Share {
             _ => parent.clone(),
         };
         let submount = crosses && self.options.submounts && is_directory(&stat);
-        let inode = self.node_of(directory, name, &fd, &stat, mount)?;
+        let inode = self.node_of(directory, name, &fd, (&stat, mount), room)?;
         self.decide_dax(&inode, &stat);
         let attr = self.attr(&inode, &stat, if submount { ATTR_SUBMOUNT } else { 0 });
         let timeouts = self.options.timeouts();
@@ -109,11 +110,12 @@ impl Share {
         directory: &Arc<Inode>,
         name: Option<&CStr>,
         fd: impl AsFd,
-        stat: &Statx,
-        mount: Arc<Mount>,
+        (stat, mount): (&Statx, Arc<Mount>),
+        room: &mut Permit,
     ) -> Result<Arc<Inode>> {
         let identity = Identity::of(mount, &fd, stat);
-        let inode = self.inodes.remember(identity, u32::from(stat.stx_mode) & libc::S_IFMT)?;
+        let inode =
+            self.inodes.remember(identity, u32::from(stat.stx_mode) & libc::S_IFMT, room)?;
         match name {
             Some(name) => {
                 if let Some(named) = inode.identity.named() {
@@ -156,17 +158,18 @@ impl Share {
             false => return None,
         };
         let inode = self.inodes.known(&Identity::of(mount, &fd, &stat))?;
-        let last = stat.stx_nlink <= 1 || is_directory(&stat);
-        Some(Owner { inode, fd, last })
+        Some(Owner { inode, fd })
     }
 
     /// A name was taken away. A node that the guest may still be using is held open if nothing else leads to
     /// its file now. Where there is no descriptor left for that, the node is stale.
     fn name_is_gone(&self, directory: &Inode, name: &CStr, owner: Option<Owner>) {
-        let Some(Owner { inode, fd, last }) = owner else { return };
+        let Some(Owner { inode, fd }) = owner else { return };
         if let Some(named) = inode.identity.named() {
             named.gone_from(directory.nodeid, name);
         }
+        // Asked afterwards: others may have taken away other names of the file meanwhile.
+        let last = inode.is_directory() || host::stat(&fd).is_ok_and(|stat| stat.stx_nlink == 0);
         if last || inode.identity.named().is_some_and(|named| named.place().is_none()) {
             let _ = self.keep(&inode, Ok(fd));
         }
@@ -181,11 +184,12 @@ impl Share {
     ) -> Result<EntryOut> {
         let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let file = self.file(&directory)?;
+        let mut room = self.inodes.room(1)?;
         {
             let _identity = self.identity(caller)?;
             make(&file)?;
         }
-        self.find_in(&directory, file, name)
+        self.entry(&directory, Some(name), host::find(&file, name)?, &mut room)
     }
 
     pub(super) fn make_symlink(
@@ -313,15 +317,17 @@ impl Share {
         let flags = self.open_flags(request.flags)?;
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let parent = self.file(&directory)?;
+        let room = (self.inodes.room(1)?, self.handles.room()?);
         let made = {
             let _identity = self.identity(caller)?;
             host::create(&parent, name, self.creation_flags(flags), mode)
         };
         match made {
-            Ok(fd) => self.created(&directory, Some(name), fd, flags),
+            Ok(fd) => self.created(&directory, Some(name), fd, flags, room),
             Err(Errno::EXIST) if request.flags & libc::O_EXCL as u32 == 0 => {
                 // Somebody was faster. Not by O_CREAT without O_EXCL: that would open whatever is there now,
                 // a FIFO for example.
+                drop(room);
                 let entry = self.find_in(&directory, &parent, name)?;
                 let kill = request.fuse_flags & OPEN_KILL_SUIDGID != 0;
                 self.open_existing(&entry, request.flags, kill)
@@ -356,11 +362,12 @@ impl Share {
         flags.set(OFlags::EXCL, request.flags & libc::O_EXCL as u32 != 0);
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let parent = self.file(&directory)?;
+        let room = (self.inodes.room(1)?, self.handles.room()?);
         let fd = {
             let _identity = self.identity(caller)?;
             host::create_unnamed(parent, flags, mode)?
         };
-        self.created(&directory, None, fd, flags)
+        self.created(&directory, None, fd, flags, room)
     }
 
     /// The node and the handle of a file that was just made. The node is found from the descriptor, not by
@@ -371,9 +378,10 @@ impl Share {
         name: Option<&CStr>,
         fd: OwnedFd,
         flags: OFlags,
+        (mut node, handle): (Permit, Room),
     ) -> Result<(EntryOut, OpenOut)> {
-        let entry = self.entry(directory, name, &fd)?;
-        self.add_open_file(entry.nodeid, fd, flags)
+        let entry = self.entry(directory, name, &fd, &mut node)?;
+        self.add_open_file(entry.nodeid, fd, flags, handle)
             .map(|open| (entry, open))
             .inspect_err(|_| self.give_back(entry.nodeid, 1))
     }
@@ -388,6 +396,7 @@ impl Share {
         // Held while the file is opened: one that was opened before a switch to read-only is known then.
         let changes = flags.intersects(OFlags::ACCMODE | OFlags::TRUNC);
         let _changing = changes.then(|| self.change()).transpose()?;
+        let room = self.handles.room()?;
         let fd = {
             let truncates = flags.contains(OFlags::TRUNC);
             let _kill = WithoutFsetid::when(kill && truncates)?;
@@ -397,7 +406,7 @@ impl Share {
             }
             fd
         };
-        self.add_open_file(inode.nodeid, fd, flags)
+        self.add_open_file(inode.nodeid, fd, flags, room)
     }
 }
 

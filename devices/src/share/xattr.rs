@@ -130,6 +130,7 @@ impl Share {
         let host_name = self.host_name(name)?;
         let is_acl = acl::is_acl(name.to_bytes());
         let inode = self.inodes.get(caller.nodeid)?;
+        inode.check_open_to_guests()?;
         let file = self.file(&inode)?;
         if !is_acl {
             return Ok(setxattr(host::path(&file)?, &*host_name, value, flags)?);
@@ -156,6 +157,7 @@ impl Share {
         self.check_attributes()?;
         let host_name = self.host_name(name)?;
         let inode = self.inodes.get(caller.nodeid)?;
+        inode.check_open_to_guests()?;
         let file = self.file(&inode)?;
         let path = host::path(&file)?;
         let _buffer = self.buffers.take(XATTR_MAX)?;
@@ -170,6 +172,7 @@ impl Share {
     pub(super) fn list_xattrs(&self, caller: Caller, size: u32) -> Result<XattrReply> {
         self.check_attributes()?;
         let inode = self.inodes.get(caller.nodeid)?;
+        inode.check_open_to_guests()?;
         let file = self.file(&inode)?;
         let path = host::path(&file)?;
         let _buffer = self.buffers.take(XATTR_MAX)?;
@@ -189,6 +192,7 @@ impl Share {
         let _changing = self.change()?;
         let host_name = self.host_name(name)?;
         let inode = self.inodes.get(caller.nodeid)?;
+        inode.check_open_to_guests()?;
         let file = self.file(&inode)?;
         Ok(removexattr(host::path(&file)?, &*host_name)?)
     }
@@ -200,17 +204,40 @@ impl Share {
     ///
     /// The host's, when they may still be there.
     pub(super) fn drop_mapped_capability(&self, file: impl AsFd) -> Result<()> {
+        self.drop_capability(
+            |value| fgetxattr(&file, MAPPED_CAPABILITY, value),
+            || fremovexattr(&file, MAPPED_CAPABILITY),
+        )
+    }
+
+    /// The same for a file that is not open.
+    pub(super) fn drop_mapped_capability_by_path(&self, file: impl AsFd) -> Result<()> {
+        let path = host::path(&file)?;
+        self.drop_capability(
+            |value| getxattr(&path, MAPPED_CAPABILITY, value),
+            || removexattr(&path, MAPPED_CAPABILITY),
+        )
+    }
+
+    fn drop_capability(
+        &self,
+        get: impl FnOnce(&mut [u8]) -> rustix::io::Result<usize>,
+        remove: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> Result<()> {
         use rustix::io::Errno as Host;
         if self.options.xattr != XattrPolicy::Mapped {
             return Ok(());
         }
         // Asked first, because nearly no file has one, and to remove an attribute takes the inode's lock.
-        let there = fgetxattr(&file, MAPPED_CAPABILITY, &mut [0u8; 0][..]);
+        let there = get(&mut []);
         if let Err(Host::NODATA | Host::OPNOTSUPP) = there {
             return Ok(());
         }
-        match fremovexattr(&file, MAPPED_CAPABILITY) {
+        match remove() {
             Ok(()) | Err(Host::NODATA | Host::OPNOTSUPP) => Ok(()),
+            // An ordinary user's file with a mode that lets even its owner neither read nor write, who has it open
+            // nevertheless: the host keeps and shows its attributes to nobody.
+            Err(Host::ACCESS) if there == Err(Host::ACCESS) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }

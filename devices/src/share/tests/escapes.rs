@@ -170,6 +170,9 @@ fn an_interface_of_the_hosts_kernel_below_a_share_is_seen_and_not_entered() {
             guest.call(Opcode::Opendir, entry.nodeid, &[OpenIn::default().as_slice()]),
             guest.create(entry.nodeid, "made", libc::O_RDWR, 0o644),
             guest.setattr(entry.nodeid, change),
+            setxattr(&guest, entry.nodeid, "user.x", b"", 0),
+            getxattr(&guest, entry.nodeid, "user.x", 9),
+            guest.call(Opcode::Removexattr, entry.nodeid, &[b"user.x\0"]),
             unlink(&guest, Opcode::Rmdir, entry.nodeid, "self"),
         ] {
             assert_eq!(answer.error, libc::EACCES);

@@ -125,10 +125,36 @@ fn a_full_table_answers_enfile_and_recovers() {
     assert_eq!(guest.open(b, libc::O_RDONLY).error, libc::ENFILE);
     let answer = guest.create(ROOT_ID, "made", libc::O_RDWR, 0o644);
     assert_eq!(answer.error, libc::ENFILE);
+    assert!(!guest.path().join("made").exists());
     release(&guest, Opcode::Release, a, fh).ok();
     assert_eq!(guest.open(b, libc::O_RDONLY).error, 0);
     guest.forget(b, 9);
     assert_eq!(guest.lookup(ROOT_ID, "c").error, 0);
+}
+
+#[test]
+fn what_is_refused_for_want_of_room_changes_nothing() {
+    let guest = Guest::with(|options| {
+        options.max_inodes = Some(2);
+        options.max_handles = Some(1);
+    });
+    let node = file(&guest, b"precious");
+    let fh = guest.fh(node, libc::O_RDONLY);
+    let refused = [
+        guest.open(node, libc::O_RDWR | libc::O_TRUNC),
+        guest.create(ROOT_ID, "made", libc::O_RDWR, 0o644),
+        mkdir(&guest, ROOT_ID, "made", 0o755),
+        mknod(&guest, "made", libc::S_IFREG | 0o600, 0),
+        symlink(&guest, ROOT_ID, "made", "nowhere"),
+    ];
+    assert_eq!(refused.each_ref().map(|answer| answer.error), [libc::ENFILE; 5]);
+    release(&guest, Opcode::Release, node, fh).ok();
+    let answer = guest.create(ROOT_ID, "made", libc::O_RDWR, 0o644);
+    assert_eq!(answer.error, libc::ENFILE, "a node is missing");
+    assert_eq!(std::fs::read(guest.path().join("file")).unwrap(), b"precious");
+    assert_eq!(std::fs::read_dir(guest.path()).unwrap().count(), 1);
+    guest.fh(node, libc::O_RDWR | libc::O_TRUNC);
+    assert_eq!(std::fs::read(guest.path().join("file")).unwrap(), b"");
 }
 
 #[test]
