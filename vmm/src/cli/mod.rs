@@ -13,7 +13,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 pub use self::run::{RunArgs, UserNamespace};
-pub use self::share::ShareOptions;
+pub use self::share::{LiveArg, MemberOptions, ShareOptions};
 pub use self::values::{ConsoleTarget, InitrdSource};
 
 /// Exit status of a command line that cannot be understood.

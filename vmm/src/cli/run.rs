@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 
 use super::UsageError;
-use super::share::{RootArg, ShareArg};
+use super::share::{LiveArg, RootArg, ShareArg};
 use super::values::{ConsoleTarget, InitrdSource, VsockArg};
 use crate::machine::memory::MemoryConfig;
 use crate::{control, sandbox};
@@ -76,6 +76,14 @@ pub struct RunArgs {
     /// queues=N: request queues, default one for each CPU. tag=NAME: the device's name in the guest.
     #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]
     pub shares: Vec<ShareArg>,
+
+    /// Make a place for shares that come and go while the sandbox runs: GUEST_PATH[:OPTION,...]
+    ///
+    /// It is one device. What `oriel share add` puts there appears below GUEST_PATH, with options of its own.
+    /// Options here are those that concern all of it, as in --share: tag=NAME (default: shares), dax=, window=,
+    /// window-max=, prefault=, queues=, locks=, acl, and ro: nothing below can be written to.
+    #[arg(long = "shares", value_name = "GUEST_PATH")]
+    pub live: Option<LiveArg>,
 
     /// Use a host directory that holds a Linux userland as root: HOST_DIR[:OPTION,...]
     ///
@@ -227,14 +235,12 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
         );
     }
     let mut paths: Vec<&str> = Vec::new();
-    for share in &args.shares {
-        if paths.contains(&share.guest.as_str()) {
-            return usage(format!(
-                "--share …:{}: two shares are mounted there; move one",
-                share.guest
-            ));
+    let live = args.live.iter().map(|live| live.guest.as_str());
+    for path in args.shares.iter().map(|share| share.guest.as_str()).chain(live) {
+        if paths.contains(&path) {
+            return usage(format!("--share …:{path}: two shares are mounted there; move one"));
         }
-        paths.push(&share.guest);
+        paths.push(path);
     }
     Ok(())
 }
@@ -278,6 +284,7 @@ mod tests {
             (&["--initrd", "none", "-u", "me"], "--user"),
             (&["--initrd", "none", "--root", "/:overlay"], "overlay"),
             (&["-v", "/a:/x", "-v", "/b:/x"], "/x"),
+            (&["-v", "/a:/x", "--shares", "/x"], "/x"),
         ] {
             let error = check(&parse(words).unwrap()).unwrap_err();
             assert!(error.0.contains(hint), "{}", error.0);

@@ -3,12 +3,16 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::share::MemberArg;
 use super::values;
 use crate::control::{Request, client};
-use crate::sandbox::{Resized, State, Status};
+use crate::sandbox::{
+    Added, MemberList, MemberState, MemberStatus, RemovedShare, Resized, State, Status, Updated,
+};
 
 /// Change the shares of a sandbox that runs
 #[derive(Debug, Args)]
@@ -19,7 +23,80 @@ pub struct ShareArgs {
 
 #[derive(Debug, Subcommand)]
 enum ShareCommand {
+    Add(AddArgs),
+    Remove(RemoveArgs),
+    Update(UpdateArgs),
+    List(ListArgs),
     Resize(ResizeArgs),
+}
+
+/// Add a directory of the host's to a sandbox that runs
+///
+/// It appears at PATH below the guest path of `oriel run --shares`, as a mount of its own, and the guest sees it as
+/// soon as it looks. Options are those of `oriel run --share`, but for those that concern the device: ro, cache=,
+/// entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, gid-map=, dev, and dax=never. acl, locks= and
+/// any other dax= are for all shares there alike, as --shares says.
+#[derive(Debug, Args)]
+struct AddArgs {
+    /// The sandbox: what its `oriel run --name` says
+    sandbox: String,
+
+    /// HOST_DIR:/PATH[:OPTION,...]
+    share: MemberArg,
+}
+
+/// Remove a directory from a sandbox that runs
+///
+/// Its name is gone at once. What the guest has open, mapped or knows of it works on until the guest lets go of it,
+/// as after `umount --lazy`.
+#[derive(Debug, Args)]
+struct RemoveArgs {
+    /// The sandbox: what its `oriel run --name` says
+    sandbox: String,
+
+    /// The path that it was added at
+    path: String,
+
+    /// End what the guest has of it now, also of one that was removed before: open files are bad descriptors, and
+    /// mapped ones zeros
+    #[arg(long)]
+    force: bool,
+}
+
+/// Switch a directory of a sandbox that runs to read-only, or back
+///
+/// Once it is ro, nothing on the host is changed through it by any way: what the guest has open for writing answers
+/// EROFS, and what it stores in files that are mapped (DAX) is its own and in no file.
+#[derive(Debug, Args)]
+struct UpdateArgs {
+    /// The sandbox: what its `oriel run --name` says
+    sandbox: String,
+
+    /// The path that it was added at
+    path: String,
+
+    /// ro or rw
+    access: Access,
+}
+
+/// Whether a share can be written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Access {
+    /// It cannot.
+    Ro,
+    /// It can.
+    Rw,
+}
+
+/// List the directories that were added to a sandbox that runs
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// The sandbox: what its `oriel run --name` says
+    sandbox: String,
+
+    /// As JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Make the DAX window of a share larger, up to its window-max
@@ -42,10 +119,74 @@ struct ResizeArgs {
 
 /// Does what the command says.
 pub fn share(args: &ShareArgs) -> Result<u8> {
-    let ShareCommand::Resize(resize) = &args.command;
+    match &args.command {
+        ShareCommand::Add(args) => add(args),
+        ShareCommand::Remove(args) => remove(args),
+        ShareCommand::Update(args) => update(args),
+        ShareCommand::List(args) => list(args),
+        ShareCommand::Resize(args) => resize(args),
+    }
+}
+
+/// Asks, and takes the answer apart.
+fn ask<T: DeserializeOwned>(sandbox: &str, request: &Request) -> Result<T> {
+    let reply = client::ask(sandbox, request)?;
+    serde_json::from_value(reply).context("an answer of another version")
+}
+
+fn add(args: &AddArgs) -> Result<u8> {
+    let MemberArg { host, path, options } = args.share.clone();
+    // The sandbox may run in another directory.
+    let host = std::path::absolute(&host).with_context(|| host.display().to_string())?;
+    let text = host.to_str().with_context(|| format!("{host:?} is not UTF-8"))?;
+    let request = Request::ShareAdd { host: text.into(), path, options };
+    let added: Added = ask(&args.sandbox, &request)?;
+    let access = if added.read_only { ", read-only" } else { "" };
+    print(&format!("{}: {text}{access}", added.guest_path))
+}
+
+fn remove(args: &RemoveArgs) -> Result<u8> {
+    let request = Request::ShareRemove { path: args.path.clone(), force: args.force };
+    let removed: RemovedShare = ask(&args.sandbox, &request)?;
+    let path = &args.path;
+    match removed.state {
+        MemberState::Gone => print(&format!("{path}: removed")),
+        _ => print(&format!(
+            "{path}: removed; the guest knows {} files of it and has {} open, and the host's directory is in use \
+             until that is over (or --force)",
+            removed.nodes, removed.open
+        )),
+    }
+}
+
+fn update(args: &UpdateArgs) -> Result<u8> {
+    let request =
+        Request::ShareUpdate { path: args.path.clone(), read_only: args.access == Access::Ro };
+    let updated: Updated = ask(&args.sandbox, &request)?;
+    let access = if updated.read_only { "read-only" } else { "writable" };
+    print(&format!("{}: {access}", args.path))
+}
+
+fn list(args: &ListArgs) -> Result<u8> {
+    let reply = client::ask(&args.sandbox, &Request::ShareList {})?;
+    if args.json {
+        return print_json(&reply);
+    }
+    let list: MemberList = serde_json::from_value(reply).context("an answer of another version")?;
+    let line = |member: &MemberStatus| {
+        let access = if member.read_only { "ro" } else { "rw" };
+        let state = if member.state == MemberState::Attached { "" } else { ", removed" };
+        let (path, host) = (&member.path, member.host.display());
+        let (nodes, open) = (member.nodes, member.open);
+        format!("\n{path}: {host}, {access}{state}, {nodes} files known, {open} open")
+    };
+    let lines: String = list.shares.iter().map(line).collect();
+    print(&format!("below {} in the guest:{lines}", list.guest_path))
+}
+
+fn resize(resize: &ResizeArgs) -> Result<u8> {
     let request = Request::ShareResize { share: resize.guest_path.clone(), size: resize.size };
-    let reply = client::ask(&resize.sandbox, &request)?;
-    let done: Resized = serde_json::from_value(reply).context("an answer of another version")?;
+    let done: Resized = ask(&resize.sandbox, &request)?;
     let size = done.size >> 20;
     match done.driver_told {
         true => println!("{}: the window has {size} MiB, and the guest was told", done.share),

@@ -280,14 +280,117 @@ impl FromStr for ShareArg {
             (Some(host), Some(guest)) if !host.is_empty() && !guest.is_empty() => (host, guest),
             _ => return Err("write HOST_DIR:GUEST_PATH[:OPTION,…]".into()),
         };
-        let absolute = guest.starts_with('/') && guest != "/";
-        if !absolute || Path::new(guest).components().any(|part| part.as_os_str() == "..") {
-            return Err(format!(
-                "the guest path {guest:?} is not absolute, or is / (that is --root), or goes through .."
-            ));
-        }
+        check_guest_path(guest)?;
         let options = ShareOptions::parse(parts.next().unwrap_or(""), false)?;
         Ok(Self { host: host.into(), guest: guest.into(), options })
+    }
+}
+
+fn check_guest_path(guest: &str) -> Result<(), String> {
+    let absolute = guest.starts_with('/') && guest != "/";
+    if !absolute || Path::new(guest).components().any(|part| part.as_os_str() == "..") {
+        return Err(format!(
+            "the guest path {guest:?} is not absolute, or is / (that is --root), or goes through .."
+        ));
+    }
+    Ok(())
+}
+
+/// The keys of some options.
+fn keys(options: &str) -> impl Iterator<Item = &str> {
+    let options = options.split(',').filter(|option| !option.is_empty());
+    options.map(|option| option.split_once('=').map_or(option, |(key, _)| key))
+}
+
+/// Options of `--shares` that are not of a share there: they are the device's.
+const OF_DEVICE: [&str; 5] = ["tag", "window", "window-max", "prefault", "queues"];
+/// Options of `--shares` that count for its shares too: they are the session's.
+const OF_SESSION: [&str; 5] = ["ro", "rw", "dax", "locks", "acl"];
+
+/// The value of `--shares`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LiveArg {
+    /// Where the guest sees it.
+    pub guest: String,
+    /// What concerns all of it.
+    pub options: ShareOptions,
+}
+
+impl FromStr for LiveArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (guest, options) = text.split_once(':').unwrap_or((text, ""));
+        check_guest_path(guest)?;
+        let known = |key: &&str| OF_DEVICE.contains(key) || OF_SESSION.contains(key);
+        if let Some(key) = keys(options).find(|key| !known(key)) {
+            return Err(format!(
+                "{key:?} is no option of --shares; write ro, acl, tag=, dax=, window=, window-max=, prefault=, \
+                 queues= or locks=, and others with each share that is added"
+            ));
+        }
+        Ok(Self { guest: guest.into(), options: ShareOptions::parse(options, false)? })
+    }
+}
+
+/// Options of a share that is added to those of `--shares`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberOptions {
+    options: ShareOptions,
+    dax_given: bool,
+    locks_given: bool,
+}
+
+impl FromStr for MemberOptions {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(key) = keys(text).find(|key| OF_DEVICE.contains(key)) {
+            return Err(format!("{key}: concerns the whole device; it is said by --shares"));
+        }
+        let given = |key| keys(text).any(|other| other == key);
+        let options = ShareOptions::parse(text, false)?;
+        Ok(Self { options, dax_given: given("dax"), locks_given: given("locks") })
+    }
+}
+
+impl MemberOptions {
+    /// With those of `--shares` where nothing else is said.
+    pub fn among(self, all: &ShareOptions) -> ShareOptions {
+        let mut options = self.options;
+        if !self.dax_given {
+            options.dax = all.dax;
+        }
+        if !self.locks_given {
+            options.locks = all.locks;
+        }
+        options
+    }
+}
+
+/// The value of `oriel share add`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberArg {
+    /// The host's directory.
+    pub host: PathBuf,
+    /// Where it appears.
+    pub path: String,
+    /// How; checked.
+    pub options: String,
+}
+
+impl FromStr for MemberArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.splitn(3, ':');
+        let (host, path) = match (parts.next(), parts.next()) {
+            (Some(host), Some(path)) if !host.is_empty() && path.starts_with('/') => (host, path),
+            _ => return Err("write HOST_DIR:/PATH[:OPTION,…]".into()),
+        };
+        let options = parts.next().unwrap_or("").to_string();
+        options.parse::<MemberOptions>()?;
+        Ok(Self { host: host.into(), path: path.into(), options })
     }
 }
 
@@ -426,6 +529,41 @@ mod tests {
         ] {
             let error = text.parse::<ShareArg>().unwrap_err();
             assert!(error.contains(hint) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_place_for_shares_has_the_options_of_its_device_and_a_share_there_all_others() {
+        let live: LiveArg =
+            "/run/s:tag=kataShared,dax=always,window=4M,locks=guest".parse().unwrap();
+        assert_eq!((live.guest.as_str(), live.options.dax), ("/run/s", Dax::Always));
+        assert_eq!(live.options.tag.as_deref(), Some("kataShared"));
+        for (text, hint) in [
+            ("", "absolute"),
+            ("run", "absolute"),
+            ("/", "absolute"),
+            ("/a/../b", ".."),
+            ("/s:cache=never", "cache"),
+            ("/s:xattr=on", "xattr"),
+            ("/s:writeback", "writeback"),
+            ("/s:overlay", "overlay"),
+            ("/s:window=3M", "2 MiB"),
+            ("/s:tag=", "tag"),
+        ] {
+            let error = text.parse::<LiveArg>().unwrap_err();
+            assert!(error.contains(hint) && !error.contains('\n'), "{text}: {error}");
+        }
+        let member: MemberArg = "./src:/a/src:ro,cache=never".parse().unwrap();
+        assert_eq!((member.host.as_path(), member.path.as_str()), (Path::new("./src"), "/a/src"));
+        let options: MemberOptions = member.options.parse().unwrap();
+        let options = options.among(&live.options);
+        assert!(options.read_only);
+        assert_eq!((options.dax, options.locks), (Dax::Always, LockPolicy::Guest));
+        let other: MemberOptions = "dax=never,locks=host".parse().unwrap();
+        let other = other.among(&live.options);
+        assert_eq!((other.dax, other.locks), (Dax::Never, LockPolicy::Host));
+        for text in ["", "a", "a:b", ":/b", "a:/b:tag=x", "a:/b:window=4M", "a:/b:rx"] {
+            assert!(text.parse::<MemberArg>().is_err(), "{text}");
         }
     }
 

@@ -20,7 +20,12 @@ const MAX_NAME: usize = 48;
 
 /// What a sandbox can be asked. Sizes are bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    tag = "request",
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case",
+    deny_unknown_fields
+)]
 pub enum Request {
     /// Make the DAX window of the share at the guest path `share` `size` bytes long.
     ShareResize {
@@ -29,6 +34,33 @@ pub enum Request {
         /// The new size.
         size: u64,
     },
+    /// Put a directory of the host's among the shares that come and go.
+    ShareAdd {
+        /// The host's directory, an absolute path.
+        host: String,
+        /// Where it appears, below the guest path of `--shares`.
+        path: String,
+        /// How, as `--share` has it after its second colon.
+        #[serde(default)]
+        options: String,
+    },
+    /// Take one of them away.
+    ShareRemove {
+        /// Where it is.
+        path: String,
+        /// End what the guest still has of it.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Switch one of them to read-only, or back.
+    ShareUpdate {
+        /// Where it is.
+        path: String,
+        /// Which of the two.
+        read_only: bool,
+    },
+    /// Which there are.
+    ShareList {},
     /// What the devices counted up to now.
     Stats {},
     /// The same as OpenMetrics text.
@@ -109,7 +141,19 @@ mod tests {
         let text = json!({ "request": "share-resize", "share": "/data", "size": 1073741824u64 });
         assert_eq!(serde_json::to_value(&resize).unwrap(), text);
         assert_eq!(serde_json::from_value::<Request>(text).unwrap(), resize);
+        let add = json!({ "request": "share-add", "host": "/srv", "path": "/a" });
+        let (host, path) = ("/srv".to_string(), "/a".to_string());
+        let options = String::new();
+        let expected = Request::ShareAdd { host, path: path.clone(), options };
+        assert_eq!(serde_json::from_value::<Request>(add).unwrap(), expected);
+        let remove = json!({ "request": "share-remove", "path": "/a" });
+        let expected = Request::ShareRemove { path: path.clone(), force: false };
+        assert_eq!(serde_json::from_value::<Request>(remove).unwrap(), expected);
+        let update = json!({ "request": "share-update", "path": "/a", "read-only": true });
+        let expected = Request::ShareUpdate { path, read_only: true };
+        assert_eq!(serde_json::from_value::<Request>(update).unwrap(), expected);
         for (request, name) in [
+            (Request::ShareList {}, "share-list"),
             (Request::Stats {}, "stats"),
             (Request::Metrics {}, "metrics"),
             (Request::Status {}, "status"),

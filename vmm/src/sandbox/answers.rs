@@ -108,6 +108,16 @@ impl Answers {
     pub fn answer(&self, request: Request) -> Result<Value, String> {
         match request {
             Request::ShareResize { share, size } => value(&self.shares.resize(&share, size)?),
+            Request::ShareAdd { host, path, options } => {
+                value(&self.shares.live()?.add(&host, &path, &options)?)
+            }
+            Request::ShareRemove { path, force } => {
+                value(&self.shares.live()?.remove(&path, force)?)
+            }
+            Request::ShareUpdate { path, read_only } => {
+                value(&self.shares.live()?.update(&path, read_only)?)
+            }
+            Request::ShareList {} => value(&self.shares.live()?.list()),
             Request::Stats {} => Ok(self.shares.stats()),
             Request::Metrics {} => Ok(json!({ "openmetrics": openmetrics(&self.shares)? })),
             Request::Status {} => value(&self.status()),

@@ -13,7 +13,8 @@ use prometheus_client::registry::{Registry, Unit};
 use super::shares::{RunningShare, Shares};
 
 /// Numbers of a share that may become less again; all others only ever grow.
-const GAUGES: [&str; 3] = ["dax_live", "dax_mapped_bytes", "dax_promised_bytes"];
+const GAUGES: [&str; 5] =
+    ["dax_live", "dax_mapped_bytes", "dax_promised_bytes", "members", "members_removed"];
 
 /// What one share has counted up to some moment.
 #[derive(Debug)]

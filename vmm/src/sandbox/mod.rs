@@ -3,6 +3,7 @@
 mod answers;
 mod identity;
 mod link;
+mod live;
 mod metrics;
 mod plan;
 mod shares;
@@ -23,8 +24,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
-use devices::fuse::Session;
+use devices::fuse::{FileSystem, Session};
 use devices::share::{self, DaxPolicy, LockLimits, Share, XattrPolicy};
+use devices::tree::Tree;
 use devices::virtio::fs;
 use devices::virtio::vsock::VsockDevice;
 use oriel_init::protocol::{Dax, FromGuest};
@@ -34,12 +36,14 @@ use self::answers::{About, Answers};
 pub use self::answers::{State, Status};
 use self::identity::Identity;
 use self::link::{Link, Sink, forward_input};
-use self::plan::PlannedShare;
+use self::live::Live;
+pub use self::live::{Added, MemberList, MemberState, MemberStatus, RemovedShare, Updated};
+use self::plan::{PlannedLive, PlannedShare};
 pub use self::shares::Resized;
 use self::shares::{RunningShare, Shares};
 use self::streams::{Console, Notifier, Tail, duplicate};
 use self::supervisor::{Outcome, Progress, Signals, Supervisor};
-use crate::cli::{ConsoleTarget, RunArgs, UsageError, UserNamespace};
+use crate::cli::{ConsoleTarget, RunArgs, ShareOptions, UsageError, UserNamespace};
 use crate::control::server::ControlSocket;
 use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::socket::ListeningSocket;
@@ -70,11 +74,12 @@ pub enum Event {
 pub fn run(args: &RunArgs) -> Result<u8> {
     let since = Instant::now();
     let shares = plan::shares(args)?;
+    let live = plan::live(args, &shares)?;
     // Before this user is another one.
     let control = args.name.as_deref().map(control_socket).transpose()?;
     // Before all that starts a thread.
     let entered = args.userns == UserNamespace::Auto && userns::enter()?;
-    let identity = Identity::of_process(entered)?;
+    let identity = Arc::new(Identity::of_process(entered)?);
     let host_cpus = host::cpus();
     if usize::from(args.cpus) > host_cpus {
         bail!("--cpus {}: the host has {host_cpus}; give at most as many", args.cpus);
@@ -111,10 +116,12 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     // Never dropped: a worker may hang in a file system of the host that does not answer, and to wait for it
     // would be to hang too. The end of the process, which is near, gives everything back.
     let mut machine = ManuallyDrop::new(Machine::new(kvm, config)?);
-    let limits = FileLimits::for_each_of(shares.len());
+    let sources = shares.iter().map(Source::Directory).chain(live.iter().map(Source::Live));
+    let sources: Vec<_> = sources.collect();
     let mut running = Vec::new();
-    for share in &shares {
-        running.push(add_share(&mut machine, share, args.cpus, &limits, &identity)?);
+    for source in &sources {
+        let limits = FileLimits::for_each_of(sources.len());
+        running.push(add_share(&mut machine, source, args.cpus, limits, &identity)?);
     }
     let running = Arc::new(Shares(running));
     // A foreign init knows nothing of our ports: it has COM1 alone.
@@ -205,24 +212,23 @@ fn control_socket(name: &str) -> Result<ControlSocket> {
     ControlSocket::new(&directory, name).with_context(|| format!("--name {name}"))
 }
 
-/// How the directory of a share is to be served.
+/// How the directory of a share is to be served, with a window of so many bytes.
 fn served(
-    share: &PlannedShare,
+    directory: &Path,
+    options: &ShareOptions,
+    window: u64,
     limits: &FileLimits,
     identity: &Identity,
-) -> Result<share::Options> {
-    let options = &share.options;
-    let mut served = share::Options::new(&share.host);
+) -> Result<share::Options, UsageError> {
+    let mut served = share::Options::new(directory);
     // With an overlay nothing is ever written to the directory, whatever the guest does about its overlay.
     served.read_only = options.read_only || options.overlay;
     // Where nothing is written, the guest may see what is there: a root file system has file capabilities.
     let by_default = if served.read_only { XattrPolicy::On } else { XattrPolicy::Mapped };
     served.xattr = options.xattr.unwrap_or(by_default);
     served.acl = options.acl;
-    let named =
-        |error: UsageError| UsageError(format!("--share {}: {error}", share.host.display()));
-    served.uids = identity.uid_map(&options.uid_map).map_err(named)?;
-    served.gids = identity.gid_map(&options.gid_map).map_err(named)?;
+    served.uids = identity.uid_map(&options.uid_map)?;
+    served.gids = identity.gid_map(&options.gid_map)?;
     served.switch_identity = Some(identity.switches);
     served.max_descriptors = Some(limits.descriptors);
     served.max_handles = Some(limits.handles);
@@ -242,26 +248,42 @@ fn served(
         Dax::Inode => DaxPolicy::Inode,
         Dax::Always => DaxPolicy::Always,
     };
-    served.window = Some(share.window.bytes);
+    served.window = Some(window);
     Ok(served)
+}
+
+/// Where a share comes from.
+enum Source<'p> {
+    /// A directory.
+    Directory(&'p PlannedShare),
+    /// Directories that come and go.
+    Live(&'p PlannedLive),
 }
 
 /// Puts a virtio-fs device on the machine.
 fn add_share(
     machine: &mut Machine,
-    share: &PlannedShare,
+    source: &Source<'_>,
     cpus: u8,
-    limits: &FileLimits,
-    identity: &Identity,
+    limits: FileLimits,
+    identity: &Arc<Identity>,
 ) -> Result<RunningShare> {
-    let name = share.host.display();
-    let options = &share.options;
-    let window = match share.window.bytes {
+    let (name, tag, guest, options, choice) = match source {
+        Source::Directory(share) => {
+            let name = format!("--share {}", share.host.display());
+            (name, &share.tag, &share.guest, &share.options, &share.window)
+        }
+        Source::Live(live) => {
+            let name = format!("--shares {}", live.guest);
+            (name, &live.tag, &live.guest, &live.options, &live.window)
+        }
+    };
+    let window = match choice.bytes {
         0 => None,
         size => {
-            let max = share.window.max;
+            let max = choice.max;
             let window = Window::growable(size, max).with_context(|| {
-                format!("--share {name}: no address space for a window of {} MiB", max >> 20)
+                format!("{name}: no address space for a window of {} MiB", max >> 20)
             })?;
             if !options.prefault {
                 window.never_prefault();
@@ -269,23 +291,37 @@ fn add_share(
             Some(Arc::new(window))
         }
     };
-    let served = served(share, limits, identity)?;
-    let files = Share::new(served).with_context(|| format!("--share {name}"))?;
+    let directory = match source {
+        Source::Directory(share) => share.host.as_path(),
+        // Nothing is served of it.
+        Source::Live(_) => Path::new("/"),
+    };
+    let served = served(directory, options, choice.bytes, &limits, identity)
+        .map_err(|error| UsageError(format!("{name}: {error}")))?;
     let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
-    let session = Arc::new(Session::new(Arc::new(files), region));
+    let mut live = None;
+    let files: Arc<dyn FileSystem> = match source {
+        Source::Directory(_) => Arc::new(Share::new(served).with_context(|| name.clone())?),
+        Source::Live(_) => {
+            let tree = Arc::new(Tree::new(served, region.clone()));
+            let (guest, options) = (guest.clone(), options.clone());
+            let identity = identity.clone();
+            live = Some(Live { tree: tree.clone(), guest, options, limits, identity });
+            tree
+        }
+    };
+    let session = Arc::new(Session::new(files, region));
     let queues = options.queues.unwrap_or_else(|| cpus.into());
-    let config = fs::Config::new(&share.tag, queues)
-        .map_err(|error| UsageError(format!("--share {name}: {error}")))?;
+    let config =
+        fs::Config::new(tag, queues).map_err(|error| UsageError(format!("{name}: {error}")))?;
     let device = machine.add_fs(config, session.clone(), window.clone()).with_context(|| {
         format!(
-            "--share {name}: the guest has no room for a window of {} MiB; give it a smaller window= or \
-             window-max=",
-            share.window.max >> 20
+            "{name}: the guest has no room for a window of {} MiB; give it a smaller window= or window-max=",
+            choice.max >> 20
         )
     })?;
-    let (tag, guest) = (share.tag.clone(), share.guest.clone());
-    let window_reason = share.window.reason.clone();
-    Ok(RunningShare { tag, guest, session, window, window_reason, device })
+    let (tag, guest, window_reason) = (tag.clone(), guest.clone(), choice.reason.clone());
+    Ok(RunningShare { tag, guest, session, window, window_reason, device, live })
 }
 
 fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {

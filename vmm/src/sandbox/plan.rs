@@ -8,7 +8,7 @@ use oriel_init::initramfs;
 use oriel_init::protocol::{Config, Dax, Process, Root, Share};
 
 use super::window::WindowChoice;
-use crate::cli::{InitrdSource, RunArgs, ShareOptions, UsageError};
+use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError};
 use crate::kernel::{Assets, BootImage, Kernel};
 
 /// What every kernel is told. `panic=-1`: reset at once, which ends the sandbox, instead of hanging.
@@ -26,6 +26,18 @@ pub struct PlannedShare {
     /// The device's tag.
     pub tag: String,
     /// How.
+    pub options: ShareOptions,
+    /// Its DAX window.
+    pub window: WindowChoice,
+}
+
+/// The device whose shares come and go.
+pub struct PlannedLive {
+    /// Where the guest sees it.
+    pub guest: String,
+    /// The device's tag.
+    pub tag: String,
+    /// What concerns all of its shares.
     pub options: ShareOptions,
     /// Its DAX window.
     pub window: WindowChoice,
@@ -71,6 +83,32 @@ pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
         log::info!("{}: a DAX window of {bytes} MiB: {reason}", share.host.display());
     }
     Ok(planned)
+}
+
+/// The device of `--shares`.
+///
+/// # Errors
+///
+/// A tag that another share has.
+pub fn live(args: &RunArgs, shares: &[PlannedShare]) -> Result<Option<PlannedLive>> {
+    let Some(live) = &args.live else { return Ok(None) };
+    let tag = live_tag(live);
+    if shares.iter().any(|other| other.tag == tag) {
+        let guest = &live.guest;
+        return Err(UsageError(format!(
+            "--shares {guest}: another share has the tag {tag:?}; name this one with tag="
+        ))
+        .into());
+    }
+    let window = match live.options.window {
+        Some(bytes) => WindowChoice::asked(bytes, live.options.window_max),
+        None => WindowChoice::unknown(args.memory.size, live.options.window_max),
+    };
+    Ok(Some(PlannedLive { guest: live.guest.clone(), tag, options: live.options.clone(), window }))
+}
+
+fn live_tag(live: &LiveArg) -> String {
+    live.options.tag.clone().unwrap_or_else(|| "shares".into())
 }
 
 fn check_directory(path: &Path) -> Result<()> {
@@ -162,8 +200,14 @@ fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Conf
         let share = share(planned.next()?, "/");
         Some(Root { share, overlay: options.overlay })
     });
-    let shares =
-        planned.zip(&args.shares).map(|(planned, arg)| share(planned, &arg.guest)).collect();
+    let live = args.live.iter().map(|live| Share {
+        tag: live_tag(live),
+        path: live.guest.clone(),
+        read_only: live.options.read_only,
+        dax: live.options.dax,
+    });
+    let shares = planned.zip(&args.shares).map(|(planned, arg)| share(planned, &arg.guest));
+    let shares = shares.chain(live).collect();
     let args_or_shell = match args.command.as_slice() {
         [] => vec!["sh".to_string()],
         command => command.to_vec(),
@@ -226,6 +270,23 @@ mod tests {
         assert_eq!(tags, ["root", "share0", "x"]);
         let error = shares(&args(&["-v", "/tmp:/t:tag=x", "-v", "/tmp:/u:tag=x"])).err().unwrap();
         assert!(error.downcast_ref::<UsageError>().is_some(), "{error:#}");
+    }
+
+    #[test]
+    fn the_place_for_shares_is_a_device_like_any_other() {
+        let args = args(&["-v", "/tmp:/t", "--shares", "/s:tag=kataShared,window=4M,ro"]);
+        let planned = shares(&args).unwrap();
+        let live = live(&args, &planned).unwrap().unwrap();
+        assert_eq!((live.guest.as_str(), live.tag.as_str()), ("/s", "kataShared"));
+        assert_eq!(live.window.bytes, 4 << 20);
+        let config = config(&args, &planned, vec![]);
+        assert_eq!(config.shares.len(), 2);
+        assert_eq!((config.shares[1].path.as_str(), config.shares[1].read_only), ("/s", true));
+        for (share, place) in [("/tmp:/t:tag=x", "/s:tag=x"), ("/tmp:/t:tag=shares", "/s")] {
+            let args = super::tests::args(&["-v", share, "--shares", place]);
+            let error = super::live(&args, &shares(&args).unwrap()).err().unwrap();
+            assert!(error.downcast_ref::<UsageError>().is_some(), "{error:#}");
+        }
     }
 
     #[test]

@@ -9,6 +9,8 @@ use devices::virtio::fs::FsDevice;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::live::Live;
+
 /// One share.
 pub struct RunningShare {
     /// The device's tag.
@@ -23,6 +25,8 @@ pub struct RunningShare {
     pub window_reason: String,
     /// What the guest sees of it.
     pub device: Arc<FsDevice>,
+    /// What can be done to it, where it is the one of `--shares`.
+    pub live: Option<Live>,
 }
 
 /// How a share came out of [`Request::ShareResize`].
@@ -129,6 +133,18 @@ impl Shares {
         json!({ "shares": shares })
     }
 
+    /// The shares that come and go.
+    ///
+    /// # Errors
+    ///
+    /// When there is no place for any, in a line.
+    pub fn live(&self) -> Result<&Live, String> {
+        self.0.iter().find_map(|share| share.live.as_ref()).ok_or_else(|| {
+            "shares can be added where `oriel run` was told --shares GUEST_PATH, and it was not"
+                .into()
+        })
+    }
+
     /// What is to be said of each at any time.
     pub fn status(&self) -> Vec<ShareStatus> {
         let status = |share: &RunningShare| ShareStatus {
@@ -189,7 +205,7 @@ pub(super) mod tests {
             let config = fs::Config::new(tag, 1).unwrap();
             let device = Arc::new(FsDevice::new(config, session.clone(), None).unwrap());
             let (tag, guest, window_reason) = (tag.into(), guest.into(), "as asked".into());
-            RunningShare { tag, guest, session, window, window_reason, device }
+            RunningShare { tag, guest, session, window, window_reason, device, live: None }
         };
         let window = Arc::new(Window::growable(4 * MIB, 16 * MIB).unwrap());
         Shares(vec![running("root", "/", None), running("data", "/data", Some(window))])

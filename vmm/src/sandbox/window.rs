@@ -10,6 +10,9 @@ use devices::dax::Policy;
 /// guest's memory.
 const LEAST: u64 = 64 << 20;
 
+/// The window for directories that come later, in bytes: for 8 MiB of the guest's memory.
+const UNKNOWN: u64 = 512 << 20;
+
 /// For how long a directory is looked at: a small part of the time in which a sandbox starts, and enough for some
 /// ten thousand files that the host has in its caches. One that takes longer counts as large.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -39,6 +42,13 @@ impl WindowChoice {
         let most = (memory / Policy::RANGE * Policy::RANGE).max(LEAST).min(max.unwrap_or(u64::MAX));
         let found = ranges_in(directory, reads, most / Policy::RANGE, PATIENCE);
         Self::for_ranges(found, most, max)
+    }
+
+    /// For files that are not known yet: at most what [`fitting`](Self::fitting) gives to many large ones.
+    pub fn unknown(memory: u64, max: Option<u64>) -> Self {
+        let most = (memory / Policy::RANGE * Policy::RANGE).max(LEAST).min(max.unwrap_or(u64::MAX));
+        let bytes = UNKNOWN.min(most);
+        Self { bytes, max: max.unwrap_or(bytes), reason: "its files are not known yet".into() }
     }
 
     /// For files that take so many ranges, if that is known.
@@ -159,5 +169,13 @@ mod tests {
         assert_eq!(choose(1024, Some(4)), (4, 4));
         assert_eq!(choose(1024, Some(64)), (64, 64));
         assert_eq!(choose(1024, Some(4096)), (64, 4096));
+        let unknown = |memory: u64, max: Option<u64>| {
+            let choice = WindowChoice::unknown(memory * MIB, max.map(|max| max * MIB));
+            (choice.bytes / MIB, choice.max / MIB)
+        };
+        assert_eq!(unknown(4096, None), (512, 512));
+        assert_eq!(unknown(256, None), (256, 256));
+        assert_eq!(unknown(1024, Some(4)), (4, 4));
+        assert_eq!(unknown(1024, Some(8192)), (512, 8192));
     }
 }
