@@ -97,6 +97,10 @@ pub trait DaxWindow: Send + Sync {
     /// server does. Idempotent.
     fn set_writable(&self, owner: u32, writable: bool);
 
+    /// Whether the guest has a mapping of a file, by device and inode number, from which that was taken: what it
+    /// stores there is in no file.
+    fn is_severed(&self, owner: u32, file: (u64, u64)) -> bool;
+
     /// Takes away all mappings of an owner and puts zeros in their place, which are the guest's own until the
     /// range is mapped anew or unmapped. Idempotent.
     fn take_away(&self, owner: u32);

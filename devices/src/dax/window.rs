@@ -534,6 +534,13 @@ impl DaxWindow for Window {
         self.switch(owner, writable);
     }
 
+    fn is_severed(&self, owner: u32, file: (u64, u64)) -> bool {
+        self.state().mappings.values().any(|mapping| {
+            let (device, inode, _) = mapping.file.key;
+            mapping.access == Access::Severed && mapping.owner == owner && (device, inode) == file
+        })
+    }
+
     fn take_away(&self, owner: u32) {
         self.replace_by_zeros(owner);
     }

@@ -188,6 +188,12 @@ impl Share {
         self.handles.live()
     }
 
+    /// Device and inode number of an open file.
+    pub(crate) fn file_number(&self, nodeid: u64, fh: u64) -> Option<(u64, u64)> {
+        let stat = rustix::fs::fstat(&*self.handles.get(nodeid, fh).ok()?).ok()?;
+        Some((stat.st_dev, stat.st_ino))
+    }
+
     /// How many owners of POSIX locks there are, each with a file descriptor.
     pub fn live_lock_owners(&self) -> usize {
         self.locks.owners()

@@ -365,7 +365,18 @@ impl FileSystem for Tree {
     }
 
     fn fsync(&self, caller: Caller, fh: u64, data_only: bool) -> Result<()> {
-        self.of_members(caller, Errno::BADF, |member| member.share.fsync(caller, fh, data_only))
+        self.of_members(caller, Errno::BADF, |member| {
+            member.share.fsync(caller, fh, data_only)?;
+            // What the guest has stored in its own copy is in no file, and whoever syncs is to hear of it.
+            let severed = || {
+                let file = member.share.file_number(caller.nodeid, fh)?;
+                Some(self.window.as_ref()?.is_severed(member.index, file))
+            };
+            match member.share.is_read_only() && severed() == Some(true) {
+                true => Err(Errno::ROFS),
+                false => Ok(()),
+            }
+        })
     }
 
     fn fallocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {

@@ -247,7 +247,7 @@ impl Tree {
     /// When this returns, and until it is switched back, nothing on the host is changed through the member any
     /// more: changes that were being served have ended, all further ones answer `EROFS`, and ranges of the window
     /// that could be written to show the file as before, but what the guest stores there is its own and in no
-    /// file. Switched back, they show the file again, and what was stored meanwhile is lost. Idempotent.
+    /// file, and FSYNC of such a file answers `EROFS`. Switched back, they show the file again, and what was stored meanwhile is lost. Idempotent.
     ///
     /// # Errors
     ///

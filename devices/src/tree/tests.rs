@@ -463,7 +463,8 @@ fn switched_to_read_only_nothing_changes_on_the_host_by_any_way() {
     // What does not change anything works.
     assert_eq!(guest.read(file, fh, 0, 3).body, &before[..3]);
     let sync = FsyncIn { fh, ..FsyncIn::default() };
-    guest.call(Opcode::Fsync, file, &[sync.as_slice()]).ok();
+    let synced = guest.call(Opcode::Fsync, file, &[sync.as_slice()]);
+    assert_eq!(synced.error, libc::EROFS, "what the guest has stored is nowhere");
     guest.setup(file, 0, RANGE, READ, 3 * RANGE).ok();
     assert_eq!(sandbox.window().peek(3 * RANGE), Some(b'O'));
 
@@ -473,6 +474,10 @@ fn switched_to_read_only_nothing_changes_on_the_host_by_any_way() {
     assert_eq!(guest.write(file, fh, 1, b"w").error, 0);
     assert_eq!(&sandbox.on_host("one/file")[..2], b"Ww");
     assert!(!sandbox.window().poke(3 * RANGE, b'!'), "what was mapped to be read still is");
+    guest.call(Opcode::Fsync, file, &[sync.as_slice()]).ok();
+    guest.remove(2, &[(0, RANGE), (2 * RANGE, RANGE)]).ok();
+    sandbox.tree.set_read_only("/one", true).unwrap();
+    guest.call(Opcode::Fsync, file, &[sync.as_slice()]).ok();
 }
 
 #[test]
