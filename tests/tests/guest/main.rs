@@ -12,6 +12,7 @@ mod commands;
 mod dax;
 mod identity;
 mod kernels;
+mod live_shares;
 mod locks;
 mod memory;
 mod mistakes;
