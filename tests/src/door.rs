@@ -18,9 +18,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::fuse::abi::{InHeader, MAX_REQUEST, MAX_WRITE, OutHeader};
-use devices::fuse::{Completion, Counters, Deferral, Served, Session};
+use devices::fuse::{Completion, Counters, Deferral, FileSystem, Served, Session};
 use devices::memory::GuestBuffer;
 use devices::share::{Options, Share};
+use devices::tree::Tree;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -73,6 +74,27 @@ impl Door {
 
         let root_mode = std::fs::metadata(&options.directory)?.mode();
         let share = Arc::new(Share::new(options)?);
+        Self::serve(share.clone(), Some(share), root_mode, path)
+    }
+
+    /// Mounts a tree at a new temporary directory.
+    ///
+    /// # Errors
+    ///
+    /// As [`mount`](Self::mount).
+    pub fn mount_tree(tree: Arc<Tree>) -> io::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let mut door = Self::serve(tree, None, libc::S_IFDIR | 0o555, directory.path())?;
+        door._directory = Some(directory);
+        Ok(door)
+    }
+
+    fn serve(
+        files: Arc<dyn FileSystem>,
+        share: Option<Arc<Share>>,
+        root_mode: u32,
+        path: &Path,
+    ) -> io::Result<Self> {
         let device = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
         // As a guest mounts it: its kernel checks permissions, and everybody may come in. The ids are of the one
         // who mounts and mean nothing with allow_other.
@@ -84,7 +106,7 @@ impl Door {
         // Never read-only: it is the share that has to refuse.
         mount("oriel", path, "fuse.oriel", MountFlags::empty(), Some(data.as_c_str()))?;
 
-        let session = Session::new(share.clone(), None);
+        let session = Session::new(files, None);
         let device = Arc::new(Device { file: device, failures: Mutex::default() });
         let server = Arc::new(Server { device, share, session });
         let mut door =
@@ -103,8 +125,12 @@ impl Door {
     }
 
     /// The share behind it.
+    ///
+    /// # Panics
+    ///
+    /// When it is a tree.
     pub fn share(&self) -> &Share {
-        &self.server.share
+        self.server.share.as_ref().expect("a share")
     }
 
     /// What the session did so far.
@@ -180,7 +206,7 @@ impl Drop for Door {
 /// What the threads share.
 struct Server {
     device: Arc<Device>,
-    share: Arc<Share>,
+    share: Option<Arc<Share>>,
     session: Session,
 }
 

@@ -1,7 +1,7 @@
 //! What a session did, in numbers.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::errno::Errno;
 use super::opcode::{OPCODES, Opcode};
@@ -125,11 +125,11 @@ impl Counters {
         }
     }
 
-    /// A request that was counted and came at `since` is served.
-    pub(super) fn finish(&self, opcode: Opcode, since: Instant, failed: bool) {
+    /// A request that was counted is served, which took so long.
+    pub(super) fn finish(&self, opcode: Opcode, took: Duration, failed: bool) {
         let Some(operation) = self.operations.get(opcode as usize) else { return };
         // 584 years.
-        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         operation.nanoseconds.fetch_add(nanoseconds, Relaxed);
         if let Some(class) = operation.latency.get(latency_class(nanoseconds)) {
             class.fetch_add(1, Relaxed);

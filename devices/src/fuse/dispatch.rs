@@ -127,6 +127,9 @@ impl Session {
                 let target = reply.body().cut(input.size as usize);
                 let count = fs.read(caller, &input, target)?;
                 self.counters.bytes_read.fetch_add(count as u64, Relaxed);
+                if let Some(part) = fs.counters_of(caller.nodeid) {
+                    part.bytes_read.fetch_add(count as u64, Relaxed);
+                }
                 Ok(count)
             }
             Opcode::Write => {
@@ -140,6 +143,9 @@ impl Session {
                 let source = Payload::new(request, start, input.size as usize)?;
                 let count = fs.write(caller, &input, source)?;
                 self.counters.bytes_written.fetch_add(count as u64, Relaxed);
+                if let Some(part) = fs.counters_of(caller.nodeid) {
+                    part.bytes_written.fetch_add(count as u64, Relaxed);
+                }
                 reply.put(&WriteOut {
                     size: u32::try_from(count).map_err(|_| Errno::IO)?,
                     padding: 0,

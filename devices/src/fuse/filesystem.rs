@@ -2,11 +2,13 @@
 
 use std::ffi::CStr;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use super::abi::{
     AttrOut, CopyFileRangeIn, CreateIn, EntryOut, FallocateIn, FileLock, FlushIn, IoctlIn, Kstatfs,
     LkIn, LseekIn, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
 };
+use super::counters::Counters;
 use super::errno::{Errno, Result};
 use super::later::Wait;
 use super::reply::Payload;
@@ -121,6 +123,12 @@ pub trait FileSystem: Send + Sync {
     /// What there is to say of the file system in numbers, by name.
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    /// Where requests of a node are counted besides, in a file system that is put together from several.
+    fn counters_of(&self, nodeid: u64) -> Option<Arc<Counters>> {
+        let _ = nodeid;
+        None
     }
 
     /// The guest knows now that its DAX window has `size` bytes, more than before. Called by a vCPU's thread: must

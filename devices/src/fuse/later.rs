@@ -217,7 +217,7 @@ impl Pending {
         lock(&self.table).waiting.retain(|(_, interrupt)| !Arc::ptr_eq(interrupt, &self.interrupt));
         let error = result.err().map_or(0, |errno| -errno.raw());
         let header = OutHeader { len: OUT_HEADER as u32, error, unique: self.request.unique };
-        self.counters.finish(self.request.opcode, self.request.since, error != 0);
+        self.counters.finish(self.request.opcode, self.request.since.elapsed(), error != 0);
         completion.complete(header.as_slice());
     }
 }

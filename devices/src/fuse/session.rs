@@ -99,7 +99,7 @@ impl Session {
         self.counters.count(limits.opcode);
         if limits.answer == Answer::Never {
             self.unanswered(limits, &header, request);
-            self.counters.finish(limits.opcode, since, false);
+            self.counters.finish(limits.opcode, since.elapsed(), false);
             return Some(0);
         }
         let result = match deferral {
@@ -110,7 +110,12 @@ impl Session {
         let result = result.transpose()?;
         let failed = result.is_err();
         let used = reply.finish(result);
-        self.counters.finish(limits.opcode, since, failed);
+        let took = since.elapsed();
+        self.counters.finish(limits.opcode, took, failed);
+        if let Some(part) = self.fs.counters_of(header.raw.nodeid) {
+            part.count(limits.opcode);
+            part.finish(limits.opcode, took, failed);
+        }
         Some(used)
     }
 

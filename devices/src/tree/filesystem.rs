@@ -13,8 +13,8 @@ use crate::fuse::abi::{
     StatxOut, WriteIn,
 };
 use crate::fuse::{
-    Caller, DirectorySink, Errno, FileSystem, Listing, LockReply, Payload, Preferences, Result,
-    Wait, XattrReply,
+    Caller, Counters, DirectorySink, Errno, FileSystem, Listing, LockReply, Payload, Preferences,
+    Result, Wait, XattrReply,
 };
 use crate::share::{DaxPolicy, LockPolicy, NUMBER_BITS};
 use crate::sync::{read, write};
@@ -177,6 +177,13 @@ impl FileSystem for Tree {
         let attached = state.members.len().saturating_sub(removed);
         let members = [("members", attached as u64), ("members_removed", removed as u64)];
         members.into_iter().chain(self.common.statistics()).collect()
+    }
+
+    fn counters_of(&self, nodeid: u64) -> Option<Arc<Counters>> {
+        (nodeid >> NUMBER_BITS != 0)
+            .then(|| self.member(nodeid).ok())
+            .flatten()
+            .map(|member| member.counters.clone())
     }
 
     fn window_has_grown(&self, size: u64) {

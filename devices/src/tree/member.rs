@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use super::MemberInfo;
 use crate::dax::DaxWindow;
-use crate::fuse::FileSystem;
 use crate::fuse::abi::ROOT_ID;
+use crate::fuse::{Counters, FileSystem};
 use crate::share::{NUMBER_BITS, Share};
 
 /// A share in a tree, or one that was. Whoever serves a request of it holds it, so when it is dropped, nothing of
@@ -23,6 +23,8 @@ pub(super) struct Member {
     /// How many lookups of its root the guest has to give back.
     lookups: AtomicU64,
     removed: AtomicBool,
+    /// Requests of its nodes.
+    pub(super) counters: Arc<Counters>,
 }
 
 impl Member {
@@ -40,6 +42,7 @@ impl Member {
             window,
             lookups: AtomicU64::new(0),
             removed: AtomicBool::new(false),
+            counters: Arc::default(),
         }
     }
 
@@ -102,6 +105,7 @@ impl Member {
             removed: self.is_removed(),
             nodes: self.share.live_inodes(),
             open: self.share.live_handles(),
+            counters: self.counters.clone(),
         }
     }
 }

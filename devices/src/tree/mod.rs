@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 pub use error::TreeError;
 
 use crate::dax::DaxWindow;
-use crate::fuse::Errno;
+use crate::fuse::{Counters, Errno};
 use crate::share::{Common, DaxPolicy, DirectPolicy, NUMBER_BITS, Options, Share};
 use crate::sync::{lock, read, write};
 use directories::{Directories, parse};
@@ -65,7 +65,7 @@ struct State {
 }
 
 /// What there is to say of a member.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct MemberInfo {
     /// Where it is in the tree, or was.
     pub path: String,
@@ -79,6 +79,8 @@ pub struct MemberInfo {
     pub nodes: usize,
     /// How many files and directories of it the guest has open.
     pub open: usize,
+    /// What was counted of its requests: all that are about its nodes, but for FORGET and for waiting for locks.
+    pub counters: Arc<Counters>,
 }
 
 /// What became of a member that was removed.

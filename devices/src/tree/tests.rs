@@ -127,7 +127,10 @@ fn a_share_appears_under_its_path_and_its_name_goes_with_it() {
 fn what_cannot_be_added_is_refused_in_one_line_and_changes_nothing() {
     let sandbox = Sandbox::new();
     sandbox.add("one", "/a/one");
-    let before = sandbox.tree.list();
+    let list = || -> Vec<_> {
+        sandbox.tree.list().into_iter().map(|member| (member.path, member.directory)).collect()
+    };
+    let before = list();
     let refused = |path: &str, change: fn(&mut Options), hint: &str| {
         let mut options = sandbox.options("one");
         change(&mut options);
@@ -156,7 +159,7 @@ fn what_cannot_be_added_is_refused_in_one_line_and_changes_nothing() {
         let error = sandbox.tree.set_read_only(path, true).unwrap_err().to_string();
         assert!(error.contains("only at /a/one"), "{error}");
     }
-    assert_eq!(sandbox.tree.list(), before);
+    assert_eq!(list(), before);
     assert_eq!(sandbox.tree.remove("/a/one", false), Ok(Removed::Gone));
     let error = sandbox.tree.remove("/a/one", true).unwrap_err().to_string();
     assert_eq!(error, "there is no share at /a/one, nor anywhere else");
@@ -505,6 +508,28 @@ fn what_one_member_does_without_is_not_taken_from_the_others() {
     };
     assert_eq!(ask("one/file"), libc::EOPNOTSUPP, "ENOSYS would be for all");
     assert_eq!(ask("two/file"), libc::ENODATA);
+}
+
+#[test]
+fn each_member_has_its_own_counters() {
+    let sandbox = Sandbox::new();
+    sandbox.add("one", "/one");
+    sandbox.add("two", "/two");
+    let file = sandbox.guest.node("one/file");
+    assert_eq!(sandbox.content(file), b"one");
+    let fh = sandbox.guest.fh(file, libc::O_WRONLY);
+    assert_eq!(sandbox.guest.write(file, fh, 0, b"ONE!").error, 0);
+    assert_eq!(sandbox.guest.open(file, 3).error, libc::EINVAL);
+    let members = sandbox.tree.list();
+    let of = |member: usize, opcode| members[member].counters.requests(opcode);
+    assert_eq!((of(0, Opcode::Lookup), of(0, Opcode::Open), of(0, Opcode::Read)), (1, 3, 1));
+    assert_eq!((of(1, Opcode::Lookup), of(1, Opcode::Open)), (0, 0));
+    let one = &members[0].counters;
+    assert_eq!((one.bytes_read.load(Relaxed), one.bytes_written.load(Relaxed)), (3, 4));
+    let open = one.operations().into_iter().find(|of| of.name == "OPEN").unwrap();
+    assert_eq!((open.errors, open.latency.iter().sum::<u64>()), (1, 3));
+    // The lookup of the member itself is the tree's.
+    assert_eq!(sandbox.guest.session.counters().requests(Opcode::Lookup), 2);
 }
 
 #[test]

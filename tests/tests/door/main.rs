@@ -14,6 +14,7 @@ mod mounts;
 mod operations;
 mod readme;
 mod smoke;
+mod tree;
 
 /// The program that does one file operation after another.
 const PROBE: &str = env!("CARGO_BIN_EXE_guest-probe");

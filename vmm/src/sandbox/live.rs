@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
-use devices::tree::{Removed, Tree, TreeError};
+use devices::tree::{MemberInfo, Removed, Tree, TreeError};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::FileLimits;
 use super::identity::Identity;
 use super::served;
+use super::shares::operations;
 use crate::cli::{MemberOptions, ShareOptions};
 
 /// The tree, and all that it takes to add to it.
@@ -115,8 +118,13 @@ impl Live {
             TreeError::Host(why) => named(&why),
             error => error.to_string(),
         })?;
-        let guest_path = format!("{}/{}", self.guest.trim_end_matches('/'), path.trim_matches('/'));
+        let guest_path = self.guest_path(path);
         Ok(Added { guest_path, read_only: options.read_only || self.options.read_only })
+    }
+
+    /// Where a guest finds what is at a path of the tree, when it mounts the tree where `--shares` says.
+    pub fn guest_path(&self, path: &str) -> String {
+        format!("{}/{}", self.guest.trim_end_matches('/'), path.trim_matches('/'))
     }
 
     /// Takes one away.
@@ -143,9 +151,22 @@ impl Live {
         Ok(Updated { read_only })
     }
 
+    /// What was counted of each.
+    pub fn stats(&self) -> Value {
+        let counted = |member: MemberInfo| {
+            json!({
+                "path": member.path,
+                "bytes_read": member.counters.bytes_read.load(Relaxed),
+                "bytes_written": member.counters.bytes_written.load(Relaxed),
+                "operations": operations(&member.counters),
+            })
+        };
+        self.tree.list().into_iter().map(counted).collect()
+    }
+
     /// All of them.
     pub fn list(&self) -> MemberList {
-        let status = |member: devices::tree::MemberInfo| MemberStatus {
+        let status = |member: MemberInfo| MemberStatus {
             path: member.path,
             host: member.directory,
             read_only: member.read_only,
@@ -187,6 +208,9 @@ mod tests {
         let shown = |at: usize| (list.shares[at].path.as_str(), list.shares[at].read_only);
         assert_eq!((shown(0), shown(1)), (("/a/b", true), ("/ro", true)));
         assert_eq!(list.shares[0].state, MemberState::Attached);
+        let stats = live.stats();
+        assert_eq!(stats[0]["path"], "/a/b");
+        assert_eq!((&stats[0]["bytes_read"], &stats[0]["operations"]), (&json!(0), &json!({})));
         assert_eq!(live.remove("/a/b", false).unwrap().state, MemberState::Gone);
         assert_eq!(live.remove("/ro", true).unwrap().state, MemberState::Gone);
         assert!(live.list().shares.is_empty());

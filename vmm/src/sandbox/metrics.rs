@@ -1,28 +1,31 @@
 //! What the shares have counted, as OpenMetrics text: what Prometheus and its like read.
 
 use std::fmt;
+use std::sync::atomic::Ordering::Relaxed;
 
 use devices::dax::DaxWindow;
 use devices::fuse::{LATENCY_CLASSES, OperationCounts, latency_bound};
+use devices::tree::MemberInfo;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::live::Live;
 use super::shares::{RunningShare, Shares};
 
 /// Numbers of a share that may become less again; all others only ever grow.
 const GAUGES: [&str; 5] =
     ["dax_live", "dax_mapped_bytes", "dax_promised_bytes", "members", "members_removed"];
 
-/// What one share has counted up to some moment.
+/// What one share, or one of those behind it, has counted up to some moment.
 #[derive(Debug)]
 struct Counted {
     tag: String,
     path: String,
-    /// Bytes of its window, 0 without one.
-    window: u64,
+    /// Bytes of its window, 0 without one; `None` for what is behind a device that is counted itself.
+    window: Option<u64>,
     operations: Vec<OperationCounts>,
     /// All that is not of one operation.
     others: Vec<(&'static str, u64)>,
@@ -37,10 +40,36 @@ impl Counted {
         Self {
             tag: share.tag.clone(),
             path: share.guest.clone(),
-            window: share.window.as_ref().map_or(0, |window| window.size()),
+            window: Some(share.window.as_ref().map_or(0, |window| window.size())),
             operations,
             others,
         }
+    }
+
+    /// One of a tree's. What its device counts is not said again.
+    fn of_member(share: &RunningShare, live: &Live, member: &MemberInfo) -> Self {
+        let counters = &member.counters;
+        Self {
+            tag: share.tag.clone(),
+            path: live.guest_path(&member.path),
+            window: None,
+            operations: counters.operations(),
+            others: vec![
+                ("bytes_read", counters.bytes_read.load(Relaxed)),
+                ("bytes_written", counters.bytes_written.load(Relaxed)),
+            ],
+        }
+    }
+
+    /// A device, and what it has of its own.
+    fn all_of(share: &RunningShare) -> Vec<Self> {
+        let live = share.live.iter();
+        // What is left of one that was removed has a path that another may have by now.
+        let members = live.flat_map(|live| {
+            let there = live.tree.list().into_iter().filter(|member| !member.removed);
+            there.map(|member| Self::of_member(share, live, &member)).collect::<Vec<_>>()
+        });
+        std::iter::once(Self::of(share)).chain(members).collect()
     }
 
     fn labels(&self) -> [(&str, &str); 2] {
@@ -110,7 +139,9 @@ impl Collector for Collected {
         let (unit, kind) = (Some(&Unit::Bytes), MetricType::Gauge);
         let mut metric = encoder.encode_descriptor("window", help, unit, kind)?;
         for share in &self.0 {
-            metric.encode_family(&share.labels())?.encode_gauge(&share.window)?;
+            if let Some(size) = share.window {
+                metric.encode_family(&share.labels())?.encode_gauge(&size)?;
+            }
         }
         Ok(())
     }
@@ -137,7 +168,9 @@ fn histogram(metric: &mut MetricEncoder<'_>, of: &OperationCounts) -> fmt::Resul
 /// Of the encoder, in a line.
 pub fn openmetrics(shares: &Shares) -> Result<String, String> {
     let mut registry = Registry::with_prefix("oriel_share");
-    registry.register_collector(Box::new(Collected(shares.0.iter().map(Counted::of).collect())));
+    registry.register_collector(Box::new(Collected(
+        shares.0.iter().flat_map(Counted::all_of).collect(),
+    )));
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|error| error.to_string())?;
     Ok(text)

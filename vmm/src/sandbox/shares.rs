@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devices::dax::{DaxWindow, GrowError, Window};
-use devices::fuse::{OperationCounts, Session, latency_bound};
+use devices::fuse::{Counters, OperationCounts, Session, latency_bound};
 use devices::virtio::fs::FsDevice;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -78,7 +78,7 @@ impl RunningShare {
 
 /// What was counted of each operation. The classes of durations are named by the most nanoseconds of each; those
 /// in which nothing is are left out.
-fn operations(session: &Session) -> Value {
+pub(super) fn operations(counters: &Counters) -> Value {
     let classes = |of: &OperationCounts| -> serde_json::Map<_, _> {
         let name = |class| match latency_bound(class) {
             Some(bound) => bound.as_nanos().to_string(),
@@ -96,13 +96,7 @@ fn operations(session: &Session) -> Value {
         });
         (of.name.to_string(), counts)
     };
-    session
-        .counters()
-        .operations()
-        .into_iter()
-        .map(object)
-        .collect::<serde_json::Map<_, _>>()
-        .into()
+    counters.operations().into_iter().map(object).collect::<serde_json::Map<_, _>>().into()
 }
 
 /// All of a sandbox.
@@ -126,7 +120,8 @@ impl Shares {
                     "path": share.guest,
                     "window": share.window_status(),
                     "counters": counters,
-                    "operations": operations(&share.session),
+                    "operations": operations(share.session.counters()),
+                    "members": share.live.as_ref().map(Live::stats),
                 })
             })
             .collect();
