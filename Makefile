@@ -57,10 +57,9 @@ door: tools ## the tests of a share on /dev/fuse: here as root, else in the emul
 suites-quick: tools ## a small part of what `make suites` runs on /dev/fuse: two minutes, two more the first time
 	JOBS=$(jobs) tests/suite --quick --where-possible pjdfstest stress-ng fsx fio sqlite git tar find
 
-suites: build kernel ## pjdfstest, stress-ng, fsx, fio, sqlite, git, tar, apt, find; on /dev/fuse and in guests: hours
-	tests/suite all
-	tests/suite --on guest-dax all
-	tests/suite --on guest all
+# All places, also when one is not clean.
+suites: build kernel ## all suites, on /dev/fuse (half an hour) and in guests (hours where they are emulated)
+	status=0; for place in door guest-dax guest; do tests/suite --on $$place all || status=1; done; exit $$status
 
 integration: build kernel ## the tests that boot guests: here if this machine can, else in an emulated one
 	$(unpack)

@@ -29,7 +29,7 @@ have() {
     esac
 }
 
-# install_packages PACKAGE…: as far as they can be had; then $reason says why one cannot.
+# install_packages PACKAGE…: as far as they can be had; $reason says why one cannot.
 install_packages() {
     local package
     if [[ $(id -u) != 0 ]]; then
@@ -47,19 +47,19 @@ install_packages() {
 }
 
 # Not from here: the project's own cargo configuration is not theirs. Optimized as far as it does not take minutes,
-# and what two of them are made of is built once.
+# and what two of them are made of is built once. $crate_reason says why one cannot be had.
 install_crate() {
     say "building $1 $2"
     (cd "$cache" && CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_DEBUG=0 \
         CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 cargo install --locked --root "$cache/cargo" \
         --target-dir "$cache/cargo-target" "$1@$2" >"$cache/cargo.log" 2>&1) ||
-        reason=$(grep '^error' "$cache/cargo.log" | head -n 1)
+        crate_reason=$(grep '^error' "$cache/cargo.log" | head -n 1)
 }
 
 # prepare_programs SUITE…: sets $ready to those whose programs are here now. Where that is not all of them, it says
 # so with $where_possible, and dies without.
 prepare_programs() {
-    local suite entry reason="" wanted=() missing
+    local suite entry reason="" crate_reason="" wanted=() missing why
     have mkfs.ext4 || wanted=(e2fsprogs)
     case $place in guest*) have mmdebstrap || wanted+=(mmdebstrap) ;; esac
     for suite in "$@"; do
@@ -78,13 +78,17 @@ prepare_programs() {
     ready=()
     for suite in "$@"; do
         missing=
-        for entry in ${needs[$suite]}; do have "${entry%%:*}" || missing=${entry%%:*}; done
+        for entry in ${needs[$suite]}; do
+            if have "${entry%%:*}"; then continue; fi
+            missing=${entry%%:*}
+            case $entry in *:*) why=$reason ;; *) why=$crate_reason ;; esac
+        done
         if [[ -z $missing ]]; then
             ready+=("$suite")
         elif [[ $where_possible ]]; then
-            say "skipping $suite: $missing is not here${reason:+ ($reason)}"
+            say "skipping $suite: $missing is not here${why:+ ($why)}"
         else
-            die "$suite takes $missing${reason:+ ($reason)}"
+            die "$suite takes $missing${why:+ ($why)}"
         fi
     done
 }
