@@ -59,3 +59,25 @@ fn a_read_only_share_is_changed_by_no_operation() {
     assert_eq!(names, ["d", "file"]);
     assert_eq!(std::fs::read(guest.path().join("file")).unwrap(), b"data");
 }
+
+#[test]
+fn reading_from_a_read_only_share_leaves_no_trace() {
+    let guest = Guest::with(|options| options.read_only = true);
+    let path = guest.path().join("file");
+    std::fs::write(&path, b"data").unwrap();
+    // Older than the last change: the host would note the next reading (relatime).
+    let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    let set = |path: &std::path::Path| {
+        let times = std::fs::FileTimes::new().set_accessed(long_ago);
+        std::fs::File::open(path).unwrap().set_times(times).unwrap();
+    };
+    let accessed = |path: &std::path::Path| path.metadata().unwrap().accessed().unwrap();
+    set(&path);
+    set(guest.path());
+    let node = guest.node("file");
+    let fh = guest.fh(node, libc::O_RDONLY);
+    assert_eq!(guest.read(node, fh, 0, 9).body, b"data");
+    let dir = guest.opendir(ROOT_ID);
+    guest.list(false, ROOT_ID, dir, 0, 4096).unwrap();
+    assert_eq!((accessed(&path), accessed(guest.path())), (long_ago, long_ago));
+}
