@@ -186,6 +186,7 @@ mod tests {
                 terminal: false,
                 stdin: true,
             },
+            agent: false,
         }
     }
 

@@ -1,11 +1,15 @@
 //! The first program of an Oriel guest: mounts what the host shares, runs one command, reports its status and
 //! waits for the host to end the machine. What it is to do and how it talks to the host is [`oriel_init::protocol`].
 
+mod agent;
+mod children;
+mod command;
 mod link;
 mod modules;
 mod mounts;
 mod process;
 mod sys;
+mod terminal;
 mod users;
 
 use std::fs::{self, OpenOptions};
@@ -22,8 +26,13 @@ use oriel_init::protocol::{
     CONFIG_PATH, CONTROL_PORT, Config, FromGuest, STDERR_PORT, STDIN_PORT, STDOUT_PORT,
 };
 
+use crate::agent::Agent;
+use crate::children::Children;
 use crate::link::Port;
 use crate::process::{Control, Ports};
+
+/// How long the hosts of further commands may take to hear of the end of those.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     if !rustix::process::getpid().is_init() {
@@ -82,14 +91,23 @@ fn run(messages: &mut Port) -> Result<u8> {
         stdout: Port::open(STDOUT_PORT)?,
         stderr: Port::open(STDERR_PORT)?,
     };
-    let control = Arc::new(Control::default());
+    let children = Children::start().context("cannot start a thread")?;
+    let control = Arc::new(Control::new(Arc::clone(&children)));
     let (port, listener) = (messages.try_clone()?, Arc::clone(&control));
     thread::Builder::new()
         .name("messages".into())
         .spawn(move || link::receive(port, |message| listener.take(message)))
         .context("cannot start a thread")?;
+    let agent = Agent::new(config.process.clone(), children);
+    if config.agent
+        && let Err(error) = agent.listen()
+    {
+        // The first command does not need it.
+        log(&format!("there will be no further commands: vsock: {error}"));
+    }
     link::send(messages, &FromGuest::Started)?;
     let status = process::run(&config.process, ids, &control, streams)?;
+    agent.finish(LAST_WORDS);
     std::env::set_current_dir("/").context("cannot leave the working directory")?;
     mounts::leave(&config.shares);
     Ok(status)

@@ -16,6 +16,13 @@
 //!
 //! The guest ends with [`FromGuest::Exited`] or [`FromGuest::Failed`] and then waits: it has put all output
 //! into its queues, but does not know when the host has read them. The host reads them and ends the machine.
+//!
+//! Further commands come over vsock, when [`Config::agent`] says so: `oriel-init` listens on [`AGENT_PORT`], and
+//! each stream is one command. What passes there is cut into [`frames`](crate::frames). The host begins with an
+//! [`Exec`]; then come [`FromHost`] and standard input as they arise, and back come output and [`FromAgent`]. The
+//! last is [`FromAgent::Exited`], behind all output, or [`FromAgent::Refused`]. The host sends no more standard
+//! input than [`STDIN_WINDOW`] and what [`FromAgent::Room`] adds to it, so that a command that does not read keeps
+//! no signal from being read.
 
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +41,21 @@ pub const CONFIG_PATH: &str = "/oriel/config.json";
 /// Where the initramfs holds kernel modules, which are loaded in the order of [`Config::modules`].
 pub const MODULES_DIR: &str = "/oriel/modules";
 
+/// The port of the guest where `oriel-init` listens for further commands. Below 1024, so that only root can take
+/// it; rexecd(8) has this number in TCP.
+pub const AGENT_PORT: u32 = 512;
+
+/// Bytes of standard input that may be on the way to a further command, or wait for it. Two of the largest
+/// frames and more would keep a pipe busy; four are room for a scheduler's pause.
+pub const STDIN_WINDOW: usize = 256 << 10;
+
+/// Most further commands at once, those included whose host is gone. Each costs `oriel-init` a thread and less
+/// than a megabyte.
+pub const MOST_EXECS: usize = 64;
+
+/// Linux's signals are 1 to this.
+pub const LAST_SIGNAL: i32 = 64;
+
 /// Everything `oriel-init` has to know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -48,6 +70,8 @@ pub struct Config {
     pub hostname: String,
     /// The command to run.
     pub process: Process,
+    /// Listen on [`AGENT_PORT`].
+    pub agent: bool,
 }
 
 /// The root file system.
@@ -100,6 +124,51 @@ pub struct Process {
     pub terminal: bool,
     /// Forward standard input. Otherwise it reads end of file at once.
     pub stdin: bool,
+}
+
+/// A further command, as the host asks for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Exec {
+    /// Program and arguments.
+    pub args: Vec<String>,
+    /// What is in its environment beside what the first command has, and instead of it.
+    pub env: Vec<String>,
+    /// Working directory, an absolute path; the first command's without one.
+    pub cwd: Option<String>,
+    /// As [`Process::user`]; the first command's without one.
+    pub user: Option<String>,
+    /// Give it a terminal as its controlling terminal.
+    pub terminal: bool,
+    /// Rows and columns of the terminal.
+    pub size: Option<(u16, u16)>,
+    /// Forward standard input. Otherwise it reads end of file at once.
+    pub stdin: bool,
+}
+
+/// A message about a further command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FromAgent {
+    /// The command runs.
+    Started,
+    /// It has taken so many bytes of standard input.
+    Room {
+        /// At least 1.
+        bytes: u32,
+    },
+    /// It ended, and what it wrote was sent. Nothing follows.
+    Exited {
+        /// As in [`FromGuest::Exited`].
+        status: u8,
+    },
+    /// It was not started. Nothing follows.
+    Refused {
+        /// 126 when it cannot be executed, 127 when it was not found, else 125.
+        status: u8,
+        /// Why: one line.
+        message: String,
+    },
 }
 
 /// A message from the host.

@@ -15,6 +15,7 @@ pub mod door;
 mod guest;
 mod locker;
 mod run;
+mod terminal;
 mod tree;
 pub mod vsock;
 
@@ -23,4 +24,5 @@ pub use door::Door;
 pub use guest::{busybox, vmlinux, vmlinuz};
 pub use locker::Locker;
 pub use run::{Oriel, Outcome, Running, text};
+pub use terminal::Screen;
 pub use tree::{Random, Tree, copy_executable, noise, sha256};

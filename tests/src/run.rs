@@ -112,6 +112,16 @@ impl Oriel {
         self
     }
 
+    /// The command line and its environment.
+    pub(crate) fn as_command(&self) -> Command {
+        let mut words = self.wrapper.clone();
+        words.push(program().into());
+        words.extend(self.args.iter().cloned());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).envs(self.environment.iter().cloned());
+        command
+    }
+
     /// Starts it and lets it run.
     pub fn start(self) -> Running {
         let directory = tempfile::tempdir().expect("a temporary directory");

@@ -2,16 +2,22 @@
 //!
 //! From the top down: [`cli`] reads the command line, [`sandbox`] turns it into a machine and follows it to
 //! its end, [`kernel`] finds and loads what boots, [`machine`] is the machine itself. [`host`] knows what
-//! this host can do, [`socket`] makes sockets, and [`control`] talks to sandboxes that run. What the guest
-//! touches is in the `devices` crate.
+//! this host can do, [`socket`] makes sockets, [`stdio`], [`terminal`] and [`signals`] are what the user has in
+//! hand, [`logs`] keeps what a sandbox writes, [`control`] talks to sandboxes that run, and [`agent`] to the `oriel-init` inside. What the guest touches
+//! is in the `devices` crate.
 
+mod agent;
 mod cli;
 mod control;
 mod host;
 mod kernel;
+mod logs;
 mod machine;
 mod sandbox;
+mod signals;
 mod socket;
+mod stdio;
+mod terminal;
 
 fn main() -> std::process::ExitCode {
     cli::main()

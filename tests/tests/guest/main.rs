@@ -6,6 +6,7 @@
     reason = "a test fails by a panic"
 )]
 
+mod agent;
 mod boot;
 mod caching;
 mod commands;

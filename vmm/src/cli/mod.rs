@@ -1,10 +1,15 @@
 //! The command line.
 
 mod check;
+pub mod detach;
+mod exec;
+mod logs;
+mod ps;
 mod run;
 mod running;
 mod share;
-mod values;
+mod stop;
+pub mod values;
 
 use std::process::ExitCode;
 
@@ -41,6 +46,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<RunArgs>),
+    Exec(exec::ExecArgs),
+    Ps(ps::PsArgs),
+    Logs(logs::LogsArgs),
+    Stop(stop::StopArgs),
+    Rm(logs::RmArgs),
     Share(running::ShareArgs),
     Stats(running::StatsArgs),
     Status(running::StatusArgs),
@@ -75,6 +85,11 @@ pub fn main() -> ExitCode {
     ignore_file_size_limit();
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Exec(args) => exec::exec(&args),
+        Command::Ps(args) => ps::ps(&args),
+        Command::Logs(args) => logs::logs(&args),
+        Command::Stop(args) => stop::stop(&args),
+        Command::Rm(args) => logs::rm(&args),
         Command::Share(args) => running::share(&args),
         Command::Stats(args) => running::stats(&args),
         Command::Status(args) => running::status(&args),

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
-use super::UsageError;
 use super::share::{LiveArg, RootArg, ShareArg};
 use super::values::{ConsoleTarget, InitrdSource, VsockArg};
+use super::{UsageError, detach};
 use crate::machine::memory::MemoryConfig;
 use crate::{control, sandbox};
 
@@ -143,6 +143,13 @@ pub struct RunArgs {
     #[arg(short, long)]
     pub tty: bool,
 
+    /// Print the name and return once the command runs, which goes on by itself
+    ///
+    /// Its output is for `oriel logs`, and its standard input is at its end. `oriel exec` runs further commands
+    /// beside it, and `oriel stop` ends it.
+    #[arg(short, long, requires = "name")]
+    pub detach: bool,
+
     /// Kernel: a vmlinux or a bzImage for x86-64
     ///
     /// Without it, the one that kernel-config/fetch brought is used.
@@ -201,7 +208,11 @@ could not be executed; 125 when the sandbox could not be started or broke down; 
 /// Runs the sandbox to its end and returns the exit status.
 pub fn run(args: &RunArgs) -> Result<u8> {
     check(args)?;
-    sandbox::run(args)
+    match args.detach {
+        true if !detach::is_sandbox() => detach::start(),
+        true => detach::leave_session().and_then(|()| sandbox::run(args)),
+        false => sandbox::run(args),
+    }
 }
 
 /// What is wrong whatever the host.
@@ -226,6 +237,15 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
     if foreign && (!args.env.is_empty() || args.user.is_some() || args.workdir != "/") {
         return usage(
             "--initrd: --env, --user and --workdir are for Oriel's own init; leave them".into(),
+        );
+    }
+    if args.detach && args.interactive {
+        return usage("--detach, --interactive: nobody is there to type; leave one of them".into());
+    }
+    let console = args.console.as_ref();
+    if args.detach && matches!(console, Some(ConsoleTarget::Stdout | ConsoleTarget::Stderr)) {
+        return usage(
+            "--detach: the console can go to a file; `oriel logs --console` shows it, too".into(),
         );
     }
     let root = args.root.as_ref();
@@ -271,6 +291,7 @@ mod tests {
         }
         assert!(parse(&["--cpu", "1", "make"]).is_err(), "an unknown option is no command");
         assert!(parse(&["--initrd", "none", "make"]).is_err());
+        assert!(parse(&["-d", "make"]).is_err(), "nobody would find it");
     }
 
     #[test]
@@ -285,6 +306,8 @@ mod tests {
             (&["--initrd", "none", "--root", "/:overlay"], "overlay"),
             (&["-v", "/a:/x", "-v", "/b:/x"], "/x"),
             (&["-v", "/a:/x", "--shares", "/x"], "/x"),
+            (&["-d", "-i", "--name", "x"], "--interactive"),
+            (&["-d", "--name", "x", "--console", "stdout"], "--console"),
         ] {
             let error = check(&parse(words).unwrap()).unwrap_err();
             assert!(error.0.contains(hint), "{}", error.0);

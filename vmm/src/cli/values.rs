@@ -176,6 +176,21 @@ impl FromStr for VsockArg {
     }
 }
 
+/// What `--env` says: `NAME=VALUE`, or `NAME` for the host's value. As docker's: a name that the host does not have
+/// is not set.
+pub fn environment_entry(entry: &str) -> Option<String> {
+    if entry.contains('=') {
+        return Some(entry.into());
+    }
+    std::env::var(entry).ok().map(|value| format!("{entry}={value}"))
+}
+
+/// `TERM` for a command that gets the user's terminal.
+pub fn term() -> String {
+    let term = std::env::var("TERM").ok().filter(|term| !term.is_empty());
+    format!("TERM={}", term.as_deref().unwrap_or("xterm"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,11 +7,15 @@
 pub mod client;
 pub mod server;
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::logs;
 
 /// The longest line that is read, in bytes. What is said fits several times.
 const MAX_LINE: usize = 64 << 10;
@@ -69,6 +73,11 @@ pub enum Request {
     Status {},
     /// End the command, as SIGTERM to the sandbox's process does.
     Stop {},
+    /// Send the command, and those it has started, this signal of Linux, now or when it is started.
+    Signal {
+        /// 1 to 64.
+        number: i32,
+    },
 }
 
 /// What it answers: one reply for each request, in order.
@@ -114,9 +123,39 @@ pub fn directory() -> Result<PathBuf> {
     }
 }
 
+/// What the name of a sandbox's socket ends in.
+const SOCKET: &str = ".sock";
+
 /// The socket of the sandbox `name`, which was checked.
 fn socket_path(directory: &Path, name: &str) -> PathBuf {
-    directory.join(format!("{name}.sock"))
+    directory.join(format!("{name}{SOCKET}"))
+}
+
+/// Its logs (see [`crate::logs`]).
+pub fn log_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{name}.log"))
+}
+
+/// Removes what the sandbox `name`, which does not run, has left. Says whether there was anything.
+///
+/// # Errors
+///
+/// The host's.
+pub fn forget(directory: &Path, name: &str) -> Result<bool> {
+    let mut found = logs::remove(&log_path(directory, name))?;
+    for path in [socket_path(directory, name), vsock_path(directory, name)] {
+        match fs::remove_file(&path) {
+            Ok(()) => found = true,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("{} stays", path.display())),
+        }
+    }
+    Ok(found)
+}
+
+/// The socket of its streams over vsock, where it was given no other.
+pub fn vsock_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{name}.vsock"))
 }
 
 #[cfg(test)]

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
+use oriel_init::protocol::{FromHost, LAST_SIGNAL};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Event;
+use super::link::Link;
 use super::metrics::openmetrics;
 use super::shares::{ShareStatus, Shares};
 use super::streams::Notifier;
@@ -65,7 +67,9 @@ pub struct Status {
     pub memory: u64,
     /// The command; empty for a shell, and for an init that is not ours.
     pub command: Vec<String>,
-    /// The socket of `--vsock`.
+    /// `oriel-init` is its init: there can be further commands.
+    pub agent: bool,
+    /// The socket where streams to ports of the guest begin, an absolute path.
     pub vsock: Option<PathBuf>,
     /// Its shares, the root first.
     pub shares: Vec<ShareStatus>,
@@ -97,6 +101,8 @@ pub struct Answers {
     pub shares: Arc<Shares>,
     /// To the main thread.
     pub notifier: Notifier,
+    /// To `oriel-init`, if that is the guest's init.
+    pub link: Option<Link>,
 }
 
 impl Answers {
@@ -125,7 +131,19 @@ impl Answers {
                 self.notifier.send(Event::StopAsked);
                 Ok(json!({}))
             }
+            Request::Signal { number } => self.signal(number),
         }
+    }
+
+    fn signal(&self, number: i32) -> Result<Value, String> {
+        if !(1..=LAST_SIGNAL).contains(&number) {
+            return Err(format!("signal {number}: there are 1 to {LAST_SIGNAL}"));
+        }
+        let Some(link) = &self.link else {
+            return Err("its init is not oriel-init (--initrd), and takes no signals".into());
+        };
+        link.tell(&FromHost::Signal { number });
+        Ok(json!({}))
     }
 
     fn status(&self) -> Status {
@@ -138,6 +156,7 @@ impl Answers {
             cpus: about.cpus,
             memory: about.memory,
             command: about.command.clone(),
+            agent: self.link.is_some(),
             vsock: about.vsock.clone(),
             shares: self.shares.status(),
         }
@@ -174,6 +193,7 @@ mod tests {
             progress: Arc::new(Progress::new(State::Booting)),
             shares: Arc::new(shares()),
             notifier: Notifier::new(sender, wake.clone()),
+            link: None,
         };
         let status = answers.answer(Request::Status {}).unwrap();
         assert_eq!(status["state"], "booting");
@@ -183,6 +203,7 @@ mod tests {
         assert_eq!(status["shares"][1]["tag"], "data");
         let back: Status = serde_json::from_value(status).unwrap();
         assert_eq!(back.shares.len(), 2);
+        assert!(!back.agent);
         for state in [State::Running, State::Ending] {
             answers.progress.set(state);
             let status = answers.answer(Request::Status {}).unwrap();
@@ -194,5 +215,11 @@ mod tests {
         assert_eq!(answers.answer(Request::Stop {}), Ok(json!({})));
         assert_eq!(events.try_recv(), Ok(Event::StopAsked));
         assert_eq!(wake.read().unwrap(), 1);
+        for (number, hint) in
+            [(9, "--initrd"), (0, "signal 0"), (65, "signal 65"), (-9, "signal -9")]
+        {
+            let error = answers.answer(Request::Signal { number }).unwrap_err();
+            assert!(error.contains(hint), "{error}");
+        }
     }
 }

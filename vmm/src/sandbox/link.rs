@@ -1,23 +1,27 @@
 //! The way to `oriel-init` and its command, and standard input's way there.
 
 use std::io::Write;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use devices::serial::SerialPort;
 use devices::virtio::console::{ConsoleDevice, Port, PortInput};
+use oriel_init::frames::Kind;
 use oriel_init::protocol::{CONTROL_PORT, FromHost, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
-use rustix::event::{PollFd, PollFlags, poll};
 
-use super::streams::{Messages, Notifier, Output, duplicate};
+use super::streams::{Messages, Notifier, Output};
+use crate::logs::Log;
 use crate::machine::Machine;
+use crate::stdio::{self, duplicate};
 
 /// Input is read from the user no faster than COM1 takes it.
 const INPUT_AHEAD: usize = 64 << 10;
 const INPUT_PAUSE: Duration = Duration::from_millis(2);
 
 /// The way to `oriel-init` and its command: the console device (see `oriel_init::protocol`).
+#[derive(Clone)]
 pub struct Link {
     /// The device.
     pub console: Arc<ConsoleDevice>,
@@ -27,14 +31,24 @@ pub struct Link {
 }
 
 impl Link {
-    /// Puts the device on `machine`.
+    /// Puts the device on `machine`. The command's output goes to the standard streams, unless this process is
+    /// `detached`, and to the log.
     ///
     /// # Errors
     ///
     /// When a standard stream is closed, or the machine has no room.
-    pub fn new(machine: &mut Machine, notifier: &Notifier) -> Result<Self> {
-        let stdout = Output::new(duplicate(rustix::stdio::stdout())?, notifier.clone());
-        let stderr = Output::new(duplicate(rustix::stdio::stderr())?, notifier.clone());
+    pub fn new(
+        machine: &mut Machine,
+        notifier: &Notifier,
+        log: Option<&Arc<Log>>,
+        detached: bool,
+    ) -> Result<Self> {
+        let output = |stream: BorrowedFd<'_>, kind| -> Result<Output> {
+            let target = (!detached).then(|| duplicate(stream)).transpose()?;
+            Ok(Output::new(target, log.map(|log| (log.clone(), kind)), notifier.clone()))
+        };
+        let stdout = output(rustix::stdio::stdout(), Kind::Stdout)?;
+        let stderr = output(rustix::stdio::stderr(), Kind::Stderr)?;
         let ports: [(_, Option<Box<dyn Write + Send>>); 4] = [
             (STDIN_PORT, None),
             (STDOUT_PORT, Some(Box::new(stdout))),
@@ -96,20 +110,12 @@ pub fn forward_input(sink: Sink) -> Result<()> {
     let forward = move || {
         let mut buffer = vec![0; INPUT_AHEAD];
         loop {
-            match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
-                Ok(0) | Err(rustix::io::Errno::IO) => break,
+            match stdio::read(rustix::stdio::stdin(), &mut buffer) {
+                Ok(0) => break,
                 Ok(count) => {
                     if !sink.send(buffer.get(..count).unwrap_or_default()) {
                         break;
                     }
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                // Another program made the user's terminal non-blocking.
-                Err(rustix::io::Errno::AGAIN) => {
-                    let input = rustix::stdio::stdin();
-                    let mut ready = [PollFd::new(&input, PollFlags::IN)];
-                    // An error shows in the next read.
-                    let _ = poll(&mut ready, None);
                 }
                 Err(error) => {
                     log::warn!("standard input: {error}");

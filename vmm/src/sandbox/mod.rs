@@ -9,7 +9,6 @@ mod plan;
 mod shares;
 mod streams;
 mod supervisor;
-mod terminal;
 mod userns;
 mod window;
 
@@ -17,7 +16,7 @@ use std::fs::File;
 use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{self, Path};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
@@ -28,7 +27,8 @@ use devices::fuse::{FileSystem, Session};
 use devices::share::{self, DaxPolicy, LockLimits, Share, XattrPolicy};
 use devices::tree::Tree;
 use devices::virtio::fs;
-use devices::virtio::vsock::VsockDevice;
+use devices::virtio::vsock::{self, VsockDevice};
+use oriel_init::frames::Kind;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -41,13 +41,16 @@ pub use self::live::{Added, MemberList, MemberState, MemberStatus, RemovedShare,
 use self::plan::{PlannedLive, PlannedShare};
 pub use self::shares::Resized;
 use self::shares::{RunningShare, Shares};
-use self::streams::{Console, Notifier, Tail, duplicate};
-use self::supervisor::{Outcome, Progress, Signals, Supervisor};
+use self::streams::{Console, Notifier, Tail};
+use self::supervisor::{Outcome, Progress, Supervisor};
 use crate::cli::{ConsoleTarget, RunArgs, ShareOptions, UsageError, UserNamespace};
 use crate::control::server::ControlSocket;
+use crate::logs::Log;
 use crate::machine::{Machine, MachineConfig, StopReason};
+use crate::signals::Signals;
 use crate::socket::ListeningSocket;
-use crate::{control, host, kernel};
+use crate::stdio::duplicate;
+use crate::{control, host, kernel, terminal};
 
 /// What the main thread waits for.
 #[derive(Debug, PartialEq, Eq)]
@@ -76,7 +79,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let shares = plan::shares(args)?;
     let live = plan::live(args, &shares)?;
     // Before this user is another one.
-    let control = args.name.as_deref().map(control_socket).transpose()?;
+    let named = args.name.as_deref().map(|name| Named::new(name, args)).transpose()?;
     // Before all that starts a thread.
     let entered = args.userns == UserNamespace::Auto && userns::enter()?;
     let identity = Arc::new(Identity::of_process(entered)?);
@@ -94,8 +97,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let kvm = host::open_kvm()?;
     let vsock = args.vsock.as_ref().map(|vsock| &vsock.path);
-    let vsock_socket =
-        vsock.map(|path| ListeningSocket::new(path).context("--vsock")).transpose()?;
+    let own_socket = vsock.map(|path| ListeningSocket::new(path).context("--vsock")).transpose()?;
     host::raise_open_file_limit();
 
     let progress = Progress::start();
@@ -110,7 +112,12 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let config = MachineConfig {
         cpus: args.cpus,
         memory: args.memory.clone(),
-        serial: Box::new(Console { target: console_target(args)?, tail: tail.clone() }),
+        serial: Box::new(Console {
+            target: console_target(args)?,
+            log: named.as_ref().map(|named| named.log.clone()),
+            line: Vec::new(),
+            tail: tail.clone(),
+        }),
         on_stop: Arc::new(move |reason| stopped.send(Event::Stopped(reason))),
     };
     // Never dropped: a worker may hang in a file system of the host that does not answer, and to wait for it
@@ -126,17 +133,12 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let running = Arc::new(Shares(running));
     // A foreign init knows nothing of our ports: it has COM1 alone.
     let foreign = args.initrd.is_some();
-    let link = if foreign { None } else { Some(Link::new(&mut machine, &notifier)?) };
-    let vsock = match (&args.vsock, &vsock_socket) {
-        (Some(vsock), Some(socket)) => {
-            let listener = socket.listener().try_clone().context("--vsock")?;
-            let device = VsockDevice::new(vsock.config, listener, socket.path());
-            let device = Arc::new(device.context("virtio-vsock device")?);
-            machine.add_vsock(device.clone())?;
-            Some(device)
-        }
-        _ => None,
-    };
+    let log = named.as_ref().map(|named| &named.log);
+    let link =
+        if foreign { None } else { Some(Link::new(&mut machine, &notifier, log, args.detach)?) };
+    let beside = named.as_ref().and_then(|named| named.vsock.as_ref());
+    let vsock_socket = own_socket.as_ref().or(beside);
+    let vsock = vsock_socket.map(|socket| add_vsock(&mut machine, args, socket)).transpose()?;
     machine.add_rng()?;
     // File modes are the guest's to choose; it has applied its own umask already. What this process makes for
     // itself (caches, logs) was made before, with the user's umask.
@@ -145,18 +147,18 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     drop(image);
     let state = if foreign { State::Running } else { State::Booting };
     let state = Arc::new(answers::Progress::new(state));
-    if let (Some(control), Some(name)) = (&control, &args.name) {
+    if let (Some(named), Some(name)) = (&named, &args.name) {
         let about = About {
             name: name.clone(),
             since,
             cpus: args.cpus,
             memory: args.memory.size,
             command: args.command.clone(),
-            vsock: vsock_socket.as_ref().map(|socket| socket.path().to_owned()),
+            vsock: vsock_socket.map(|socket| path::absolute(socket.path())).transpose()?,
         };
         let (progress, shares, notifier) = (state.clone(), running.clone(), notifier.clone());
-        let answers = Answers { about, progress, shares, notifier };
-        control.serve(Arc::new(move |request| answers.answer(request)))?;
+        let answers = Answers { about, progress, shares, notifier, link: link.clone() };
+        named.control.serve(Arc::new(move |request| answers.answer(request)))?;
     }
 
     match &link {
@@ -164,7 +166,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         Some(link) => forward_input(Sink::Port(link.stdin.clone()))?,
         None => forward_input(Sink::Serial(machine.serial().clone()))?,
     }
-    let supervisor = Supervisor {
+    let mut supervisor = Supervisor {
         wake,
         events,
         notifier,
@@ -174,15 +176,24 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         progress,
         state,
         outcome: Outcome::default(),
+        detach_as: args.name.clone().filter(|_| args.detach),
         terminal: args.tty,
         raw: None,
         interactive: args.interactive,
         draining: false,
     };
     supervisor.resize();
+    if foreign {
+        // It does not say when it is ready.
+        supervisor.detach();
+    }
     let outcome = supervisor.wait()?;
     machine.stop();
     let status = outcome.status(foreign, &tail);
+    if let (Err(error), Some(named)) = (&status, named.as_ref().filter(|_| args.detach)) {
+        // Nobody else hears of it.
+        named.log.write(Kind::Stderr, format!("oriel: {error:#}\n").as_bytes());
+    }
     if let Some(stats) = stats {
         stats.write(&running)?;
     }
@@ -207,9 +218,51 @@ impl FileLimits {
     }
 }
 
-fn control_socket(name: &str) -> Result<ControlSocket> {
-    let directory = control::directory().with_context(|| format!("--name {name}"))?;
-    ControlSocket::new(&directory, name).with_context(|| format!("--name {name}"))
+/// What a sandbox with a name has, beside one without.
+struct Named {
+    /// What it and its command write.
+    log: Arc<Log>,
+    control: ControlSocket,
+    /// Where streams to its ports begin, unless it was given another place.
+    vsock: Option<ListeningSocket>,
+}
+
+impl Named {
+    fn new(name: &str, args: &RunArgs) -> Result<Self> {
+        let option = || format!("--name {name}");
+        let directory = control::directory().with_context(option)?;
+        let control = ControlSocket::new(&directory, name).with_context(option)?;
+        let path = args.vsock.is_none().then(|| control::vsock_path(&directory, name));
+        let vsock =
+            path.map(|path| ListeningSocket::new(&path)).transpose().with_context(option)?;
+        let path = control::log_path(&directory, name);
+        let log = Arc::new(Log::create(&path, args.detach).with_context(option)?);
+        Ok(Self { log, control, vsock })
+    }
+}
+
+/// The machine, which is never dropped, has the log as well.
+impl Drop for Named {
+    fn drop(&mut self) {
+        self.log.end();
+    }
+}
+
+/// Puts a socket device on the machine.
+fn add_vsock(
+    machine: &mut Machine,
+    args: &RunArgs,
+    socket: &ListeningSocket,
+) -> Result<Arc<VsockDevice>> {
+    let config = match &args.vsock {
+        Some(vsock) => vsock.config,
+        None => vsock::Config::new(vsock::config::MIN_GUEST_CID).context("virtio-vsock device")?,
+    };
+    let listener = socket.listener().try_clone().context("virtio-vsock device")?;
+    let device = VsockDevice::new(config, listener, socket.path());
+    let device = Arc::new(device.context("virtio-vsock device")?);
+    machine.add_vsock(device.clone())?;
+    Ok(device)
 }
 
 /// How the directory of a share is to be served, with a window of so many bytes.
@@ -325,7 +378,11 @@ fn add_share(
 }
 
 fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {
-    let default = if args.initrd.is_some() { ConsoleTarget::Stdout } else { ConsoleTarget::None };
+    let default = if args.initrd.is_some() && !args.detach {
+        ConsoleTarget::Stdout
+    } else {
+        ConsoleTarget::None
+    };
     Ok(match args.console.as_ref().unwrap_or(&default) {
         ConsoleTarget::None => None,
         ConsoleTarget::Stdout => Some(duplicate(rustix::stdio::stdout())?),

@@ -8,7 +8,7 @@ use oriel_init::initramfs;
 use oriel_init::protocol::{Config, Dax, Process, Root, Share};
 
 use super::window::WindowChoice;
-use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError};
+use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError, values};
 use crate::kernel::{Assets, BootImage, Kernel};
 
 /// What every kernel is told. `panic=-1`: reset at once, which ends the sandbox, instead of hanging.
@@ -150,6 +150,12 @@ pub fn boot_image(args: &RunArgs, kernel: Kernel, shares: &[PlannedShare]) -> Re
     Ok(BootImage { kernel: kernel.file, initrd, cmdline })
 }
 
+/// Whether the guest has a socket device. By its name a sandbox is found for further commands, and they come over
+/// vsock.
+pub fn has_vsock(args: &RunArgs) -> bool {
+    args.vsock.is_some() || args.name.is_some()
+}
+
 fn dax_option(share: &PlannedShare) -> &'static str {
     use oriel_init::protocol::Dax;
     match share.options.dax {
@@ -170,7 +176,7 @@ fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Resul
     // What nothing here needs is not loaded: each costs the guest time.
     let needed = |module: &String| {
         overlay && module.starts_with("overlay")
-            || args.vsock.is_some() && module.contains("vsock")
+            || has_vsock(args) && module.contains("vsock")
             || module.starts_with("virtio_rng")
     };
     let modules = match &kernel.modules {
@@ -220,25 +226,17 @@ fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Conf
         terminal: args.tty,
         stdin: args.interactive,
     };
-    Config { modules, root, shares, hostname: args.hostname.clone(), process }
+    let hostname = args.hostname.clone();
+    Config { modules, root, shares, hostname, process, agent: has_vsock(args) }
 }
 
 /// The defaults, and over them what `--env` says: the last of a name counts.
 fn environment(args: &RunArgs) -> Vec<String> {
     let mut env = vec![PATH.to_string(), format!("HOSTNAME={}", args.hostname)];
     if args.tty {
-        let term = std::env::var("TERM").unwrap_or_else(|_| "xterm".into());
-        env.push(format!("TERM={term}"));
+        env.push(values::term());
     }
-    for entry in &args.env {
-        let entry = match entry.contains('=') {
-            true => entry.clone(),
-            false => match std::env::var(entry) {
-                Ok(value) => format!("{entry}={value}"),
-                // docker's: a name that the host does not have is not set.
-                Err(_) => continue,
-            },
-        };
+    for entry in args.env.iter().filter_map(|entry| values::environment_entry(entry)) {
         let name = entry.split_inclusive('=').next().unwrap_or_default().to_string();
         env.retain(|other| !other.starts_with(&name));
         env.push(entry);

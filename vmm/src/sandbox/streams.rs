@@ -2,19 +2,22 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
-
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
+use oriel_init::frames::Kind;
 use oriel_init::protocol::FromGuest;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Event;
+use crate::logs::Log;
+use crate::stdio::write_all;
 
 /// How much of the kernel's console is kept to be shown when something goes wrong.
 const TAIL: usize = 16 << 10;
+/// A longer line of the console comes into the log in pieces.
+const LINE_MAX: usize = 1 << 10;
 /// No message of the guest is longer; what is, is dropped up to its end.
 const MESSAGE_MAX: usize = 64 << 10;
 
@@ -58,6 +61,10 @@ impl Tail {
 pub struct Console {
     /// Where it goes besides.
     pub target: Option<OwnedFd>,
+    /// Where lines of it are kept besides.
+    pub log: Option<Arc<Log>>,
+    /// The beginning of a line for the log.
+    pub line: Vec<u8>,
     /// What is kept.
     pub tail: Tail,
 }
@@ -72,6 +79,14 @@ impl Write for Console {
             tail.push_back(*byte);
         }
         drop(tail);
+        if let Some(log) = &self.log {
+            // COM1 comes byte by byte.
+            self.line.extend(bytes);
+            if bytes.contains(&b'\n') || self.line.len() >= LINE_MAX {
+                log.write(Kind::Console, &self.line);
+                self.line.clear();
+            }
+        }
         if let Some(target) = &self.target {
             write_all(target, bytes)?;
         }
@@ -86,20 +101,26 @@ impl Write for Console {
 /// The ports of the command's output. The first time that nobody reads it any more, the main thread is
 /// told, which tells the command.
 pub struct Output {
-    target: OwnedFd,
+    /// None when nobody is there.
+    target: Option<OwnedFd>,
+    log: Option<(Arc<Log>, Kind)>,
     broken: Option<Notifier>,
 }
 
 impl Output {
-    /// Output to `target`.
-    pub fn new(target: OwnedFd, notifier: Notifier) -> Self {
-        Self { target, broken: Some(notifier) }
+    /// Output to `target`, and of this kind to a log.
+    pub fn new(target: Option<OwnedFd>, log: Option<(Arc<Log>, Kind)>, notifier: Notifier) -> Self {
+        Self { target, log, broken: Some(notifier) }
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Err(error) = write_all(&self.target, bytes)
+        if let Some((log, kind)) = &self.log {
+            log.write(*kind, bytes);
+        }
+        if let Some(target) = &self.target
+            && let Err(error) = write_all(target, bytes)
             && let Some(notifier) = self.broken.take()
         {
             notifier.send(match error.kind() {
@@ -113,34 +134,6 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// A descriptor of our own for a standard stream.
-///
-/// # Errors
-///
-/// When the stream is closed.
-pub fn duplicate(stream: impl AsFd) -> Result<OwnedFd> {
-    rustix::io::fcntl_dupfd_cloexec(stream, 3).context("a standard stream is closed")
-}
-
-fn write_all(target: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match rustix::io::write(target, bytes) {
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            Err(rustix::io::Errno::INTR) => {}
-            // The user's terminal may be non-blocking because another program made it so.
-            Err(rustix::io::Errno::AGAIN) => {
-                let mut ready = [rustix::event::PollFd::new(target, rustix::event::PollFlags::OUT)];
-                match rustix::event::poll(&mut ready, None) {
-                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
 }
 
 /// The control port: lines of JSON.
@@ -195,7 +188,7 @@ mod tests {
     #[test]
     fn the_tail_keeps_the_end() {
         let tail = Tail::default();
-        let mut console = Console { target: None, tail: tail.clone() };
+        let mut console = Console { target: None, log: None, line: Vec::new(), tail: tail.clone() };
         console.write_all(&vec![b'a'; TAIL]).unwrap();
         console.write_all(b"the\r\nend").unwrap();
         assert!(tail.text().ends_with("athe\nend"));
@@ -221,7 +214,7 @@ mod tests {
         let (notifier, events) = notifier();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         drop(reader);
-        let mut output = Output::new(writer, notifier);
+        let mut output = Output::new(Some(writer), None, notifier);
         output.write_all(b"one").unwrap();
         output.write_all(b"two").unwrap();
         assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::OutputClosed]);

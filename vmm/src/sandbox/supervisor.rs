@@ -1,10 +1,9 @@
 //! Following a running sandbox to its end.
 
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use devices::virtio::vsock::VsockDevice;
@@ -16,16 +15,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::link::Link;
 use super::streams::{Notifier, Tail};
-use super::terminal::RawTerminal;
-use super::{Event, State, answers, terminal};
-use crate::cli::STATUS_SANDBOX;
+use super::{Event, State, answers};
+use crate::cli::{STATUS_SANDBOX, detach};
 use crate::machine::StopReason;
+use crate::signals::{self, Patience, Signals};
+use crate::terminal::{self, RawTerminal};
 
 /// A boot that takes longer than this shows that it goes on.
 const PROGRESS_AFTER: Duration = Duration::from_secs(2);
-/// As many times within so long must the user ask a command to end before it is ended with its sandbox.
-const PATIENCE: u32 = 3;
-const PATIENCE_LASTS: Duration = Duration::from_secs(10);
 /// How long host programs may take to read the last data that the guest has sent over vsock. Nobody has to read
 /// there at all.
 const LAST_DATA: Duration = Duration::from_secs(1);
@@ -56,7 +53,7 @@ impl Outcome {
         if let (Some(signal), false) =
             (self.killed, matches!(self.message, Some(FromGuest::Exited { .. })))
         {
-            return Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(u8::MAX)));
+            return Ok(signals::status_of(signal));
         }
         match (&self.message, &self.reason) {
             (Some(FromGuest::Exited { status }), _) => return Ok(*status),
@@ -80,28 +77,6 @@ impl Outcome {
     }
 }
 
-/// The signals that are the user's to send, each a pipe that the event loop watches.
-pub struct Signals(Vec<(i32, UnixStream)>);
-
-impl Signals {
-    /// Takes the signals over.
-    ///
-    /// # Errors
-    ///
-    /// The host's.
-    pub fn new() -> Result<Self> {
-        let watched = [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT, Signal::WINCH];
-        let mut pipes = Vec::new();
-        for signal in watched.map(Signal::as_raw) {
-            let (reader, writer) = UnixStream::pair().context("signal pipe")?;
-            reader.set_nonblocking(true).context("signal pipe")?;
-            signal_hook::low_level::pipe::register(signal, writer).context("signal handler")?;
-            pipes.push((signal, reader));
-        }
-        Ok(Self(pipes))
-    }
-}
-
 /// Follows a running sandbox to its end.
 pub struct Supervisor {
     /// Readable when there are events.
@@ -122,6 +97,8 @@ pub struct Supervisor {
     pub state: Arc<answers::Progress>,
     /// What is known so far.
     pub outcome: Outcome,
+    /// By this name the sandbox goes on by itself once the command runs.
+    pub detach_as: Option<String>,
     /// The command has a terminal.
     pub terminal: bool,
     /// It reads from the user, whose terminal is then raw while the command runs. Before and after, ^C is a
@@ -141,7 +118,8 @@ impl Supervisor {
     /// The host's, of the event loop.
     pub fn wait(self) -> Result<Outcome> {
         let mut manager = EventManager::<Box<Watch>>::new().context("event loop")?;
-        let watch = Box::new(Watch { supervisor: self, asked: 0, asked_last: None, done: false });
+        let patience = Patience::default();
+        let watch = Box::new(Watch { supervisor: self, patience, done: false });
         let id = manager.add_subscriber(watch);
         loop {
             manager.run().context("event loop")?;
@@ -152,6 +130,13 @@ impl Supervisor {
         let watch = manager.remove_subscriber(id).context("event loop")?;
         watch.supervisor.progress.finish();
         Ok(watch.supervisor.outcome)
+    }
+
+    /// Leaves whoever has started this process, if that was asked for and was not done yet.
+    pub fn detach(&mut self) {
+        if let Some(name) = self.detach_as.take() {
+            detach::release(&name);
+        }
     }
 
     /// Tells the guest the terminal's size.
@@ -190,9 +175,7 @@ impl Supervisor {
 
 struct Watch {
     supervisor: Supervisor,
-    /// How many times in a row the user asked the command to end.
-    asked: u32,
-    asked_last: Option<Instant>,
+    patience: Patience,
     done: bool,
 }
 
@@ -207,6 +190,7 @@ impl Watch {
                     supervisor.state.set(State::Running);
                 }
                 supervisor.outcome.message.get_or_insert(FromGuest::Started);
+                supervisor.detach();
                 if supervisor.terminal && supervisor.interactive {
                     match RawTerminal::enter() {
                         Ok(raw) => supervisor.raw = Some(raw),
@@ -253,15 +237,8 @@ impl Watch {
         }
         let running = self.supervisor.outcome.message == Some(FromGuest::Started)
             && !self.supervisor.draining;
-        let ends = [Signal::INT, Signal::TERM, Signal::QUIT].map(Signal::as_raw).contains(&number);
-        if self.asked_last.is_none_or(|last| last.elapsed() > PATIENCE_LASTS) {
-            self.asked = 0;
-        }
-        if ends {
-            self.asked += 1;
-            self.asked_last = Some(Instant::now());
-        }
-        if running && self.asked < PATIENCE {
+        let enough = self.patience.ends_by(number);
+        if running && !enough {
             self.signal_guest(number);
         } else {
             self.supervisor.outcome.killed = Some(number);
@@ -273,13 +250,7 @@ impl Watch {
 impl MutEventSubscriber for Watch {
     fn process(&mut self, events: Events, _: &mut EventOps) {
         let source = events.fd();
-        let signals = &self.supervisor.signals.0;
-        let signal = signals.iter().find(|(_, pipe)| pipe.as_raw_fd() == source);
-        if let Some((number, pipe)) = signal {
-            let number = *number;
-            let mut bytes = [0; 64];
-            // Several of one signal are one.
-            let _ = rustix::io::read(pipe, &mut bytes);
+        if let Some(number) = self.supervisor.signals.take(source) {
             return self.signal(number);
         }
         if let Err(error) = self.supervisor.wake.read() {
@@ -291,9 +262,8 @@ impl MutEventSubscriber for Watch {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let pipes = self.supervisor.signals.0.iter().map(|(_, pipe)| pipe.as_raw_fd());
-        let sources = pipes.chain([self.supervisor.wake.as_raw_fd()]);
-        for source in sources {
+        let wake = self.supervisor.wake.as_raw_fd();
+        for source in self.supervisor.signals.sources().chain([wake]) {
             if let Err(error) = ops.add(Events::new_raw(source, EventSet::IN)) {
                 log::error!("event loop: {error:?}");
             }

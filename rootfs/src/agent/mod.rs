@@ -1,0 +1,116 @@
+//! Further commands in a guest that runs: each is a stream of vsock, and a thread.
+
+mod session;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use oriel_init::frames;
+use oriel_init::protocol::{AGENT_PORT, FromAgent, MOST_EXECS, Process};
+use oriel_init::vsock::Listener;
+
+use self::session::Session;
+use crate::children::Children;
+use crate::log;
+
+/// Streams that wait to be taken. More at once than may run, so that those too many are told so.
+const BACKLOG: i32 = 2 * MOST_EXECS as i32;
+
+/// After an `accept` that failed: there is no file descriptor left, and perhaps soon is.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
+
+/// Who serves further commands.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    /// The first command, whose surroundings are those of further ones.
+    base: Process,
+    children: Arc<Children>,
+    running: Mutex<usize>,
+    one_less: Condvar,
+}
+
+impl Agent {
+    pub(crate) fn new(base: Process, children: Arc<Children>) -> Arc<Self> {
+        Arc::new(Self { base, children, running: Mutex::new(0), one_less: Condvar::new() })
+    }
+
+    /// Listens on [`AGENT_PORT`] from now on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: it may know no vsock.
+    pub(crate) fn listen(self: &Arc<Self>) -> io::Result<()> {
+        let listener = Listener::bind(AGENT_PORT, BACKLOG)?;
+        let agent = Arc::clone(self);
+        let accept = move || {
+            loop {
+                match listener.accept() {
+                    Ok(stream) => agent.begin(stream),
+                    Err(error) => {
+                        log(&format!("a stream cannot be taken: {error}"));
+                        thread::sleep(ACCEPT_AGAIN);
+                    }
+                }
+            }
+        };
+        thread::Builder::new().name("agent".into()).spawn(accept)?;
+        Ok(())
+    }
+
+    /// Serves a stream on a thread of its own. Waits for nobody.
+    pub(crate) fn begin(self: &Arc<Self>, stream: UnixStream) {
+        let mut running = self.running();
+        if *running >= MOST_EXECS {
+            drop(running);
+            return refuse(&stream, format!("there are {MOST_EXECS} commands already, the most"));
+        }
+        *running += 1;
+        drop(running);
+        let agent = Arc::clone(self);
+        // For the case that there is no thread for it.
+        let spare = stream.try_clone();
+        let serve = move || {
+            if let Err(error) = Session::serve(stream, &agent.base, &agent.children) {
+                log(&format!("a further command: {error}"));
+            }
+            agent.leave();
+        };
+        if let Err(error) = thread::Builder::new().name("exec".into()).spawn(serve) {
+            self.leave();
+            if let Ok(stream) = spare {
+                refuse(&stream, format!("there is no thread for it: {error}"));
+            }
+        }
+    }
+
+    /// Waits until all have heard of the end of their commands, at most for `patience`.
+    pub(crate) fn finish(&self, patience: Duration) {
+        let running = self.running();
+        drop(self.one_less.wait_timeout_while(running, patience, |running| *running > 0));
+    }
+
+    fn running(&self) -> MutexGuard<'_, usize> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self) {
+        *self.running() -= 1;
+        self.one_less.notify_all();
+    }
+}
+
+/// Says at once why there will be no command. Who does not read it finds the stream closed.
+fn refuse(stream: &UnixStream, message: String) {
+    let mut bytes = Vec::new();
+    frames::put_message(&mut bytes, &FromAgent::Refused { status: 125, message });
+    // Nothing was written before: there is room for it.
+    let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+    if let Err(error) = rustix::net::send(stream, &bytes, flags) {
+        log(&format!("a further command is refused, and not told: {error}"));
+    }
+}

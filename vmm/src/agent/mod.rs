@@ -1,0 +1,10 @@
+//! The host's end of `oriel-init`'s agent: further commands in a sandbox that runs.
+//!
+//! What is said is [`oriel_init::protocol`]. The guest is not trusted: its frames are bounded and checked, and
+//! all that it can do by them is write to the standard streams and choose the exit status.
+
+mod connect;
+mod session;
+
+pub use self::connect::connect;
+pub use self::session::{Streams, run};
