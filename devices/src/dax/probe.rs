@@ -2,13 +2,14 @@
 #![expect(unsafe_code, reason = "asks the kernel to read pages of the window")]
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{fstat, fstatvfs};
+use rustix::fs::{SeekFrom, fstat, fstatvfs, seek};
 use rustix::mm::{Advice, madvise};
 
-use super::table::page_end;
+use super::table::{Mapping, page_end};
 use super::window::{ALIGNMENT, PAGE, Window};
 
 /// The most pages that one call covers. Those of a disk that is gone are covered as the guest asks for them.
@@ -33,6 +34,9 @@ impl Window {
     /// all that is mapped is read, which changes and dirties nothing. May block for long; no lock is held
     /// while it reads.
     ///
+    /// Holes of files on a full disk are left alone: there is nothing in them that could not be read, only no room
+    /// for it, and what the guest writes there is not to be lost.
+    ///
     /// A page that is covered is the guest's own from then on: what it writes there is in no file. The
     /// file's page comes back when the range is mapped anew. Each is logged.
     ///
@@ -42,14 +46,16 @@ impl Window {
     pub fn cover_unreadable(&self) -> io::Result<usize> {
         let deadline = Instant::now() + PATIENCE;
         for _ in 0..TRIES {
-            let (changes, ranges) = {
+            let (changes, mappings) = {
                 let state = self.state();
-                let shown = |(at, mapping): (&u64, &super::table::Mapping)| (*at, mapping.shown);
-                (state.changes, state.mappings.iter().map(shown).collect::<Vec<_>>())
+                let all = state.mappings.iter().map(|(at, mapping)| (*at, mapping.clone()));
+                (state.changes, all.collect::<Vec<_>>())
             };
             let mut failing = Vec::new();
-            for (at, len) in ranges {
-                self.find_unreadable(at, len, deadline, &mut failing);
+            for (at, mapping) in mappings {
+                for (from, len) in readable(&mapping) {
+                    self.find_unreadable(at + from, len, deadline, &mut failing);
+                }
             }
             if failing.is_empty() {
                 return Ok(0);
@@ -142,13 +148,40 @@ impl Window {
     /// until there is room. Asks the host, and may block as long as a file's server does.
     pub fn full_file_system(&self) -> Option<(u64, u64)> {
         let files = self.state().files_of(|mapping| mapping.file.key.2);
-        let full = files.iter().find(|file| {
-            fstatvfs(&file.fd).is_ok_and(|stat| {
-                // Without a limit of its own (tmpfs) a file system has no blocks at all.
-                stat.f_blocks > 0 && stat.f_bavail.saturating_mul(stat.f_frsize) < NO_ROOM
-            })
-        })?;
+        let full = files.iter().find(|file| is_full(&file.fd))?;
         let (device, inode, _) = full.key;
         Some((device, inode))
     }
+}
+
+fn is_full(file: &OwnedFd) -> bool {
+    fstatvfs(file).is_ok_and(|stat| {
+        // Without a limit of its own (tmpfs) a file system has no blocks at all.
+        stat.f_blocks > 0 && stat.f_bavail.saturating_mul(stat.f_frsize) < NO_ROOM
+    })
+}
+
+/// The parts of what a mapping shows of its file that a read gives a page for, if the disk does not fail: offsets
+/// and lengths in the mapping.
+fn readable(mapping: &Mapping) -> Vec<(u64, u64)> {
+    if !is_full(&mapping.file.fd) {
+        return vec![(0, mapping.shown)];
+    }
+    let (mut at, mut parts) = (0, Vec::new());
+    while at < mapping.shown {
+        // Nobody reads or writes at the position of this descriptor.
+        let seek = |to| seek(&mapping.file.fd, to);
+        let from = mapping.file_offset.saturating_add(at);
+        let Ok(data) = seek(SeekFrom::Data(from)) else { break };
+        let Ok(hole) = seek(SeekFrom::Hole(data)) else { break };
+        let start = data.saturating_sub(mapping.file_offset) / PAGE * PAGE;
+        let end =
+            hole.saturating_sub(mapping.file_offset).next_multiple_of(PAGE).min(mapping.shown);
+        if start >= end {
+            break;
+        }
+        parts.push((start, end - start));
+        at = end;
+    }
+    parts
 }

@@ -578,6 +578,7 @@ fn a_full_disk_is_told_from_one_with_room() {
     assert_eq!(window.repair_truncated().unwrap(), 0);
     let stat = fstat(&sparse).unwrap();
     assert_eq!(window.full_file_system(), Some((stat.st_dev, stat.st_ino)));
+    assert_eq!(window.cover_unreadable().unwrap(), 0, "what is written there is not to be lost");
     fill.set_len(0).unwrap();
     assert!(poke(&window, 100 * 4096, 1), "it goes on where it was");
     assert_eq!(window.full_file_system(), None);

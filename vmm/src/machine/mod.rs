@@ -8,6 +8,7 @@
 
 mod acpi;
 mod cpuid;
+mod faults;
 mod irq;
 pub mod layout;
 pub mod memory;
@@ -15,6 +16,7 @@ mod prefault;
 mod registers;
 mod slots;
 mod vcpu;
+mod watch;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -213,7 +215,7 @@ impl Machine {
             }
         }
         let exits = Arc::new(self.exits()?);
-        vcpu::watch_windows(exits.clone())?;
+        watch::start(exits.clone(), &vcpus)?;
         // From the first thread on, dropping the machine stops them.
         let (_, threads) = self.running.insert((exits.clone(), Vec::new()));
         for (id, vcpu) in (0..).zip(vcpus) {

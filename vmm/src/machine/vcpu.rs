@@ -13,9 +13,6 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::StopReason;
 
-/// How long a vCPU may hang over a page of a file that shrank. Each look asks the host once for each mapped
-/// file, and nothing while no file is mapped.
-const WINDOW_WATCH: Duration = Duration::from_millis(100);
 /// How long [`stop`] waits between two kicks. One kick can fall just before `KVM_RUN` and be lost.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
 /// After this many kicks a thread is left behind: it hangs in a system call of the host.
@@ -59,34 +56,6 @@ pub fn start(id: u8, vcpu: VcpuFd, exits: Arc<Exits>) -> Result<JoinHandle<()>> 
         .name(format!("vcpu{id}"))
         .spawn(move || run(vcpu, &exits))
         .context("vCPU thread")
-}
-
-/// Looks after the windows until the machine stops: see [`Window::cover_shrunk`] for why the vCPUs alone would
-/// not notice every file that shrank.
-///
-/// # Errors
-///
-/// The host's, when it gives no thread.
-pub fn watch_windows(exits: Arc<Exits>) -> Result<()> {
-    if exits.windows.is_empty() {
-        return Ok(());
-    }
-    let watch = move || {
-        while !exits.stopping.load(Ordering::SeqCst) {
-            std::thread::sleep(WINDOW_WATCH);
-            for window in &exits.windows {
-                match window.cover_shrunk() {
-                    Ok(0) => {}
-                    Ok(places) => log::warn!(
-                        "a file shrank under {places} DAX mappings; the guest reads zeros there"
-                    ),
-                    Err(error) => log::error!("DAX window: {error}"),
-                }
-            }
-        }
-    };
-    std::thread::Builder::new().name("dax-watch".into()).spawn(watch).context("window thread")?;
-    Ok(())
 }
 
 /// Ends all vCPU threads. One that hangs in the host is left behind with a warning.
