@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use integration::{Bench, Oriel, Tree, copy_executable, noise, sha256, text};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::PROBE;
 use super::shares::counters;
@@ -215,6 +216,27 @@ fn a_file_read_in_order_costs_no_faults_and_random_touches_enter_no_neighbours()
     assert!((32..=34).contains(&prefaulted), "{counters:?}");
     let bytes = count(&counters, "dax_prefaulted_bytes");
     assert_eq!(bytes, prefaulted * 2 * MIB as u64, "{counters:?}");
+}
+
+#[test]
+fn a_file_of_huge_pages_costs_one_fault_a_range_in_any_order() {
+    let tree = Tree::with_probe(PROBE);
+    fs::create_dir(tree.path("huge")).unwrap();
+    let mounted = tree.path("huge");
+    if mount("tmpfs", &mounted, "tmpfs", MountFlags::empty(), Some(c"huge=always")).is_err() {
+        println!("this host has no huge pages in tmpfs");
+        return;
+    }
+    tree.fill("huge/data", 32 * 2 * MIB);
+    let mut guest =
+        Bench::start(&tree.at("/s", "dax=always,window=128M"), "/s", &["huge/data"], "256M");
+    let (faults, large) = (guest.faults(), guest.counter("pages_2m"));
+    guest.time("ranges 0 16 5");
+    let (faults, large) = (guest.faults() - faults, guest.counter("pages_2m") - large);
+    guest.end();
+    unmount(&mounted, UnmountFlags::DETACH).unwrap();
+    assert!((16..=32).contains(&faults), "{faults} faults for 16 ranges of 512 small pages");
+    assert!(large >= 16, "{large} large pages in KVM's page tables");
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod identity;
 mod kernels;
 mod live_shares;
 mod locks;
+mod lost_pages;
 mod memory;
 mod mistakes;
 mod mounts;

@@ -10,7 +10,10 @@
     reason = "a measurement that cannot be made ends the program"
 )]
 
+mod cliff;
+mod density;
 mod first_touch;
+mod litmus;
 
 use std::process::ExitCode;
 
@@ -22,9 +25,10 @@ impl Bars {
         self.hold(what, value, &format!("at most {bar}"), value <= bar);
     }
 
-    #[expect(dead_code, reason = "for the next")]
+    /// Within what two guests that do the same differ by.
     fn at_least(&mut self, what: &str, value: f64, bar: f64) {
-        self.hold(what, value, &format!("at least {bar}"), value >= bar);
+        const NOISE: f64 = 0.05;
+        self.hold(what, value, &format!("at least {bar}, within {NOISE}"), value >= bar - NOISE);
     }
 
     fn hold(&mut self, what: &str, value: f64, bar: &str, holds: bool) {
@@ -32,6 +36,18 @@ impl Bars {
         println!("  {mark:<7} {what}: {value:.2} ({bar})");
         self.0 &= holds;
     }
+}
+
+/// The time below which a quarter of them is: of what was measured while the machine did little else.
+fn undisturbed(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 4]
+}
+
+/// The middle one.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// The program that runs in the guests: built with this one.
@@ -46,8 +62,18 @@ fn main() -> ExitCode {
     let mut bars = Bars(true);
     match words[..] {
         ["first-touch"] => first_touch::measure(&mut bars),
+        ["litmus"] => litmus::play(&mut bars, 1_000_000),
+        ["litmus", rounds] => litmus::play(&mut bars, rounds.parse().expect("a number of rounds")),
+        ["density"] => density::table(&mut bars, 16),
+        ["density", most] => {
+            density::table(&mut bars, most.parse().expect("a number of sandboxes"))
+        }
+        ["cliff"] => cliff::random(&mut bars),
+        ["warm"] => cliff::warm(&mut bars),
         _ => {
-            eprintln!("tests/dax first-touch, not {words:?}");
+            eprintln!(
+                "tests/dax litmus [ROUNDS]|first-touch|cliff|warm|density [SANDBOXES], not {words:?}"
+            );
             return ExitCode::from(2);
         }
     }

@@ -83,7 +83,8 @@ fn meminfo(name: &str) -> Result<u64> {
 /// - `use FILE`: no time; what follows is about this file, first the first;
 /// - `touch FROM COUNT`: the pages from FROM on, in order, through a mapping;
 /// - `ranges FROM TO SEED`: all pages of these ranges of 2 MiB, one range after the other in a random order;
-/// - `scatter FROM TO SEED`: one page of each of these ranges, in a random order;
+/// - `scatter FROM TO SEED [SKIP COUNT]`: one page of each of these ranges, in a random order; only COUNT of them,
+///   after the first SKIP;
 /// - `read COUNT SEED`: random pages of all files, as long as the first, by pread(2);
 /// - `again PAGES COUNT SEED`: the same of the first PAGES pages of the file;
 /// - `stream`: the file from one end to the other, 128 KiB at a time, by pread(2);
@@ -129,11 +130,15 @@ pub fn serve(paths: &[&str]) -> Result<()> {
             ["scatter", ..] => {
                 let order = ranges()?;
                 let mut random = Random::new(number(3)? + 1);
+                let (skip, count) = match words.len() {
+                    4 => (0, order.len()),
+                    _ => (number(4)? as usize, number(5)? as usize),
+                };
                 let pages: Vec<usize> = order
                     .into_iter()
                     .map(|range| range * in_range + random.below(in_range as u64) as usize)
                     .collect();
-                timed(|| sum_of(&mut pages.into_iter()))?
+                timed(|| sum_of(&mut pages.into_iter().skip(skip).take(count)))?
             }
             ["read", ..] => {
                 let mut random = Random::new(number(2)?);

@@ -5,12 +5,17 @@
 
 mod bench;
 mod files;
+mod litmus;
 mod locks;
 mod map;
 mod vsock;
 mod wander;
 
 use std::process::ExitCode;
+
+fn number(word: &str) -> anyhow::Result<u64> {
+    word.parse().map_err(|_| anyhow::anyhow!("{word:?} is no number"))
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -22,14 +27,21 @@ fn main() -> ExitCode {
         ["read-only", directory] => files::refused(directory.as_ref()),
         ["map", file] => map::serve(file.as_ref()),
         ["bench", ref files @ ..] => bench::serve(files),
+        ["litmus", file, side, from, rounds] => number(side).and_then(|side| {
+            litmus::play(file.as_ref(), side as usize, number(from)?, number(rounds)?)
+        }),
+        ["litmus", file] => litmus::look(file.as_ref()),
+        ["cut", file, size] => number(size).and_then(|size| {
+            Ok(std::fs::OpenOptions::new().write(true).open(file)?.set_len(size)?)
+        }),
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
         ["pages", size, file] => wander::write(size, file.as_ref()),
         ["wander", file] => wander::wander(file.as_ref()),
         ["vsock"] => vsock::serve(),
         ["vsock-pipe", port] => vsock::pipe(port),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|lock|locks|read-only|map|bench|noise|pages|wander|vsock|vsock-pipe …, not \
-             {words:?}"
+            "guest-probe files|lock|locks|read-only|map|bench|litmus|cut|noise|pages|wander|vsock|vsock-pipe \
+             …, not {words:?}"
         )),
     };
     match result {

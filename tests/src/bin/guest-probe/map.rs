@@ -66,6 +66,31 @@ impl Mapping {
         })
     }
 
+    /// Uses a page of the mapping as the buffer of a read or write of another file: how many bytes went, or
+    /// what went wrong.
+    fn transfer(&self, offset: usize, path: &str, store: bool) -> Result<String> {
+        let place = self.at(offset)?;
+        let flags = if store { libc::O_WRONLY | libc::O_CREAT } else { libc::O_RDONLY };
+        let path = std::ffi::CString::new(path)?;
+        // SAFETY: the path is a string that lives across the call.
+        let file = unsafe { libc::open(path.as_ptr(), flags, 0o600) };
+        ensure!(file >= 0, "open: {}", std::io::Error::last_os_error());
+        // SAFETY: the kernel checks the buffer, and writes to it what any other process might.
+        let count = unsafe {
+            match store {
+                true => libc::write(file, place.cast(), 4096),
+                false => libc::read(file, place.cast(), 4096),
+            }
+        };
+        let error = std::io::Error::last_os_error();
+        // SAFETY: opened above.
+        unsafe { libc::close(file) };
+        Ok(match error.raw_os_error() {
+            Some(errno) if count < 0 => format!("errno {errno}"),
+            _ => count.to_string(),
+        })
+    }
+
     fn sync(&self) -> Result<()> {
         // SAFETY: the whole mapping, which is still there.
         unsafe { msync(self.start.cast(), self.length, MsyncFlags::SYNC)? };
@@ -73,8 +98,9 @@ impl Mapping {
     }
 }
 
-/// `get OFFSET`, `put OFFSET VALUE`, `touch OFFSET`, `sync`, `size`, `grow SIZE`: an answer a line. Ends
-/// with standard input.
+/// `get OFFSET`, `put OFFSET VALUE`, `touch OFFSET`, `sync`, `size`, `grow SIZE`, `store OFFSET FILE` and
+/// `load OFFSET FILE` (the page as the buffer of a write or read): an answer a line. Ends with standard input,
+/// or at `end`.
 pub fn serve(path: &Path) -> Result<()> {
     let mapping = Mapping::new(path).with_context(|| path.display().to_string())?;
     println!("mapped {}", mapping.length);
@@ -88,6 +114,13 @@ pub fn serve(path: &Path) -> Result<()> {
                 println!("done");
             }
             ["touch", offset] => println!("{}", mapping.touch(offset.parse()?)?),
+            ["store", offset, path] => {
+                println!("{}", mapping.transfer(offset.parse()?, path, true)?)
+            }
+            ["load", offset, path] => {
+                println!("{}", mapping.transfer(offset.parse()?, path, false)?)
+            }
+            ["end"] => return Ok(()),
             ["sync"] => {
                 mapping.sync()?;
                 println!("done");
