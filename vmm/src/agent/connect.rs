@@ -29,11 +29,10 @@ const MAX_LINE: usize = 32;
 ///
 /// When there is no such sandbox, no agent in it, or it ends.
 pub fn connect(name: &str) -> Result<UnixStream> {
-    let mut control = Connection::open(name)?;
     let deadline = Instant::now() + BOOT;
     loop {
         // Asked first: one that has started its command has an agent that listens.
-        let status: Status = control.ask_for(&Request::Status {})?;
+        let status: Status = Connection::open(name)?.ask_for(&Request::Status {})?;
         if !status.agent {
             bail!(
                 "sandbox {name:?} was started with --initrd: its init is not oriel-init, which could run a command"

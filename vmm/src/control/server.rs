@@ -20,7 +20,7 @@ use super::{MAX_LINE, Reply, Request, socket_path};
 use crate::socket::{InUse, ListeningSocket};
 
 /// The most clients at a time: each has a thread.
-const MOST_CLIENTS: usize = 16;
+const MOST_CLIENTS: usize = 64;
 /// A client may be silent for so long, and take so long to read what it is told.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// After an `accept` that failed: the process has no file descriptor left, and perhaps soon has.
