@@ -27,7 +27,7 @@ struct Row {
     /// MemTotal less MemFree, and Cached, of one guest in the middle.
     guest_used: f64,
     guest_cached: f64,
-    /// Memory of the VMM processes that is theirs alone: the guests' RAM above all.
+    /// Memory of the VMM processes that belongs to no file: the guests' RAM above all.
     host_private: f64,
     /// All that the host has used since before the first.
     host_used: f64,
@@ -62,7 +62,8 @@ fn measure(tree: &Tree, mode: &str, most: usize) -> Vec<Row> {
             of_guests[0].push((words[0] - words[1]) / 1024.0);
             of_guests[1].push(words[2] / 1024.0);
             let rollup = format!("/proc/{}/smaps_rollup", guest.guest().process_id());
-            private += kib(&rollup, "Private_Clean") + kib(&rollup, "Private_Dirty");
+            // The guest's RAM above all. Pages of files that only one maps count as private, too.
+            private += kib(&rollup, "Anonymous");
         }
         let [guest_used, guest_cached] = of_guests.map(median);
         rows.push(Row {
