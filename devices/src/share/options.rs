@@ -164,7 +164,7 @@ pub struct Options {
     /// is allowed to use them (CAP_DAC_READ_SEARCH). Otherwise, and without, they are reached by name.
     pub file_handles: bool,
     /// The most nodes the guest may know at a time, the root among them. Each costs some 140 bytes (without
-    /// file handles 220) and no descriptor. By default 1,048,576.
+    /// file handles 240) and no descriptor. By default 1,048,576.
     pub max_inodes: Option<usize>,
     /// The most files and directories the guest may have open at a time. By default a quarter of what the
     /// process may open (`RLIMIT_NOFILE`) when the share is made.

@@ -11,7 +11,7 @@ use devices::dax::Window;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use super::StopReason;
+use super::{StopReason, watch};
 
 /// How long [`stop`] waits between two kicks. One kick can fall just before `KVM_RUN` and be lost.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
@@ -166,7 +166,7 @@ fn repair(exits: &Exits, faults: &mut Faults, entered: u64) -> Result<(), StopRe
         repaired += window.repair_truncated().map_err(failed)?;
     }
     if repaired > 0 {
-        log::warn!("a file shrank under {repaired} DAX mappings; the guest reads zeros there");
+        watch::say_shrunk(repaired);
     }
     // Also when another vCPU repaired it since.
     if repaired > 0 || repairs(exits) != entered {

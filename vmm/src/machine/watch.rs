@@ -5,9 +5,9 @@
 //! that is not there yet, waits for it beside the vCPU, and lets the guest try again, without end. The guest's program
 //! hangs, the rest of the guest goes on, and nobody is told: so somebody has to look.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use kvm_ioctls::VcpuFd;
@@ -27,6 +27,9 @@ const REPEATED: i64 = 5;
 /// From this look on at a guest that hangs, all that is mapped is read, to find what a disk cannot give. That is
 /// work for the disk, and what is found sooner is no disk's fault.
 const LOOKS_BEFORE_DISKS: u32 = 8;
+
+/// Between two lines in the log about the same.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Starts the thread, which looks until the machine stops.
 ///
@@ -56,13 +59,21 @@ pub fn start(exits: Arc<Exits>, vcpus: &[VcpuFd]) -> Result<()> {
     Ok(())
 }
 
+/// Says that files shrank, now and then: a guest can make its own shrink as often as it likes. Each is counted.
+pub(super) fn say_shrunk(places: usize) {
+    static SAID: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
+        *said = Some(Instant::now());
+        log::warn!("a file shrank under {places} DAX mappings; the guest reads zeros there");
+    }
+}
+
 /// Says in how many places something was repaired.
 fn report_shrunk(places: std::io::Result<usize>) -> usize {
     match places {
         Ok(0) => {}
-        Ok(places) => {
-            log::warn!("a file shrank under {places} DAX mappings; the guest reads zeros there")
-        }
+        Ok(places) => say_shrunk(places),
         Err(error) => {
             log::error!("DAX window: {error}");
             return 0;
