@@ -394,6 +394,44 @@ fn a_file_that_grows_page_by_page_stays_one_mapping_of_two_areas() {
 }
 
 #[test]
+fn the_addresses_of_a_window_stay_its_own_whatever_is_mapped_and_removed() {
+    let window = Window::new(2 * ALIGNMENT).unwrap();
+    let file = pages(8);
+    let (start, size) = (window.host_address() as u64, 2 * ALIGNMENT);
+    // What is nobody's file may be neither read nor written nor run, and belongs to the window all the same.
+    let check = |files: usize| {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let (mut at, mut mapped) = (start, 0);
+        for line in maps.lines() {
+            let (range, rest) = line.split_once(' ').unwrap();
+            let (from, to) = range.split_once('-').unwrap();
+            let [from, to] = [from, to].map(|text| u64::from_str_radix(text, 16).unwrap());
+            if to <= start || from >= start + size {
+                continue;
+            }
+            assert!(from.max(start) == at, "a gap at {at:#x}: {maps}");
+            at = to;
+            if !rest.starts_with("---p") {
+                mapped += 1;
+            }
+        }
+        assert!(at >= start + size, "a gap at {at:#x}: {maps}");
+        assert_eq!(mapped, files, "{maps}");
+    };
+    check(0);
+    window.map(0, 32768, file.as_fd(), 0, true).unwrap();
+    window.map(ALIGNMENT, 32768, file.as_fd(), 0, false).unwrap();
+    check(2);
+    window.unmap(8192, 8192).unwrap();
+    check(3);
+    assert!(window.map(0, ALIGNMENT, std::io::stdin().as_fd(), 0, true).is_err());
+    window.unmap(0, ALIGNMENT).unwrap();
+    check(1);
+    window.clear();
+    check(0);
+}
+
+#[test]
 fn a_part_of_a_repaired_mapping_keeps_its_zeros_and_gets_its_pages_back() {
     let window = Window::new(ALIGNMENT).unwrap();
     let file = pages(8);

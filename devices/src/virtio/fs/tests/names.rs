@@ -72,13 +72,18 @@ fn a_name_that_is_no_single_component_is_refused_by_every_operation() {
 fn a_name_that_does_not_end_or_ends_twice_is_refused_by_every_operation() {
     let guest = guest();
     std::fs::write(guest.path().join("old"), "").unwrap();
-    for (opcode, before, after) in operations().iter().filter(|(_, _, after)| after.is_empty()) {
+    let link = LinkIn { oldnodeid: guest.node("old") };
+    let tmpfile = CreateIn { flags: libc::O_RDWR as u32, mode: 0o600, ..CreateIn::default() };
+    let mut operations = operations();
+    operations.push((Opcode::Link, link.as_slice().to_vec(), b""));
+    operations.push((Opcode::Tmpfile, tmpfile.as_slice().to_vec(), b""));
+    for (opcode, before, after) in operations.iter().filter(|(_, _, after)| after.is_empty()) {
         for name in [&b"old"[..], b"old\0more", b"old\0\0", b"old\0more\0"] {
             let error = guest.call(*opcode, ROOT_ID, &[before, name, after]).error;
             assert_eq!(error, libc::EINVAL, "{opcode:?} {name:?}");
         }
     }
-    assert!(guest.path().join("old").exists());
+    assert_eq!(std::fs::read_dir(guest.path()).unwrap().count(), 1);
 }
 
 #[test]
