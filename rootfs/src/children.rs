@@ -107,7 +107,8 @@ impl Children {
     pub(crate) fn signal(&self, child: &Child, number: i32) {
         // Under the lock: once its end was taken, its number may be another's.
         let state = self.state();
-        if state.running.contains_key(&child.pid)
+        let there = state.running.get(&child.pid);
+        if there.is_some_and(|there| std::ptr::eq(&**there, child))
             && let Err(error) = sys::signal_group(child.pid, number)
         {
             log(&format!("cannot send signal {number}: {error}"));

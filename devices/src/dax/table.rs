@@ -157,8 +157,17 @@ fn identity(file: &Arc<Backing>) -> usize {
 }
 
 impl FileEnds {
+    /// Asks `end_of` for the ends of files, and leaves out those that give no answer.
+    pub(super) fn of_those_that_answer(
+        files: &[Arc<Backing>],
+        end_of: impl Fn(&OwnedFd) -> io::Result<u64>,
+    ) -> Self {
+        let end = |file: &Arc<Backing>| Some((identity(file), end_of(&file.fd).ok()?));
+        Self(files.iter().filter_map(end).collect())
+    }
+
     /// Asks `end_of` for the ends of files. One that cannot be asked (its server is gone, it was removed
-    /// there) has lost all its pages.
+    /// there) has lost all its pages: only for who knows that some page cannot be had.
     pub(super) fn ask(
         files: &[Arc<Backing>],
         end_of: impl Fn(&OwnedFd) -> io::Result<u64>,
@@ -179,7 +188,7 @@ impl FileEnds {
         Self(files.iter().map(|file| (identity(file), end(file))).collect())
     }
 
-    /// None for a file that was mapped after the question.
+    /// None for a file that was mapped after the question, or gave no answer.
     pub(super) fn of(&self, file: &Arc<Backing>) -> Option<u64> {
         self.0.get(&identity(file)).copied()
     }

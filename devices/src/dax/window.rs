@@ -245,7 +245,7 @@ impl Window {
     ///
     /// The errno of `mmap`; what was repaired before stays so.
     pub fn repair_truncated(&self) -> io::Result<usize> {
-        self.repair_by(true, |file| Ok(page_end(&fstat(file)?)))
+        self.repair_by(|file| Ok(page_end(&fstat(file)?)))
     }
 
     /// Does the same for files that are shorter than when they were mapped, and leaves the others alone.
@@ -261,29 +261,52 @@ impl Window {
         if self.live_mappings() == 0 {
             return Ok(0);
         }
-        self.repair_by(false, |file| Ok(page_end(&fstat(file)?)))
+        self.cover_shrunk_by(|file| Ok(page_end(&fstat(file)?)))
     }
 
-    /// Repairs with the ends of files from `end_of`. `all`: also what was past the end of its file from the
-    /// start, if nothing else is found.
-    fn repair_by(
-        &self,
-        all: bool,
-        end_of: impl Fn(&OwnedFd) -> io::Result<u64>,
-    ) -> io::Result<usize> {
-        let _one = self.repairing.lock().unwrap_or_else(PoisonError::into_inner);
-        // Before anything is asked: who makes a file longer from now on comes and looks.
-        self.repaired.store(true, Ordering::SeqCst);
+    fn cover_shrunk_by(&self, end_of: impl Fn(&OwnedFd) -> io::Result<u64>) -> io::Result<usize> {
+        // Nothing is held meanwhile, so that a file server which does not answer holds up nobody else. A file
+        // that cannot be asked may have its pages all the same, and the guest what it stored to them.
         let files = self.state().files_of(|_| true);
-        let ends = FileEnds::ask(&files, end_of);
+        let ends = FileEnds::of_those_that_answer(&files, &end_of);
+        let changed = self.state().files_of(|mapping| {
+            ends.of(&mapping.file).is_some_and(|end| {
+                let there = mapping.there(end);
+                mapping.shown < there || there < mapping.shown && end < mapping.known_end
+            })
+        });
+        if changed.is_empty() {
+            return Ok(0);
+        }
+        let _one = self.note_repair();
+        let ends = FileEnds::of_those_that_answer(&changed, end_of);
+        self.repair_with(&ends, false)
+    }
+
+    /// Repairs with the ends of files from `end_of`, also what was past the end of its file from the start if
+    /// nothing else is found.
+    fn repair_by(&self, end_of: impl Fn(&OwnedFd) -> io::Result<u64>) -> io::Result<usize> {
+        let _one = self.note_repair();
+        let files = self.state().files_of(|_| true);
+        self.repair_with(&FileEnds::ask(&files, end_of), true)
+    }
+
+    /// Before the ends of files are asked for: who makes one longer from now on comes and looks.
+    fn note_repair(&self) -> MutexGuard<'_, ()> {
+        let one = self.repairing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.repaired.store(true, Ordering::SeqCst);
+        one
+    }
+
+    fn repair_with(&self, ends: &FileEnds, all: bool) -> io::Result<usize> {
         let mut state = self.state();
         // `KVM_RUN` does not say which page it was. First the likely ones: of files that are shorter than
         // when they were mapped. Pages past the end of the others were never there, and a guest that keeps
         // to the sizes it was told does not touch them.
-        let mut repaired = self.restore_grown(&mut state, &ends)?;
-        repaired += self.cover_lost(&mut state, &ends, false)?;
+        let mut repaired = self.restore_grown(&mut state, ends)?;
+        repaired += self.cover_lost(&mut state, ends, false)?;
         if repaired == 0 && all {
-            repaired = self.cover_lost(&mut state, &ends, true)?;
+            repaired = self.cover_lost(&mut state, ends, true)?;
         }
         self.note_zeros(&state);
         Ok(repaired)

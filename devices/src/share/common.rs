@@ -16,6 +16,7 @@ pub(crate) const NUMBER_BITS: u32 = 44;
 /// their files have room in its window.
 pub struct Common {
     pub(super) nodes: Arc<Budget>,
+    pub(super) handles: Arc<Budget>,
     /// Descriptors that are held for the guest: handles, files without a name, locks.
     pub(super) descriptors: Arc<Budget>,
     /// Bytes of host memory that requests use while they are served: listings, values of attributes.
@@ -36,6 +37,7 @@ impl Common {
         };
         Arc::new(Self {
             nodes: Budget::new(caps.inodes, Errno::NFILE),
+            handles: Budget::new(caps.handles, Errno::NFILE),
             descriptors: Budget::new(caps.descriptors, Errno::NFILE),
             buffers: Budget::new(caps.buffers, Errno::NOMEM),
             lock_records: Budget::new(locks.records, Errno::NOLCK),

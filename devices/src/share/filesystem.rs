@@ -148,11 +148,7 @@ impl FileSystem for Share {
     }
 
     fn release(&self, caller: Caller, request: &ReleaseIn) -> Result<()> {
-        self.release_file(caller, request)?;
-        if let Some(mapped) = &self.mapped {
-            mapped.closed(caller.nodeid);
-        }
-        Ok(())
+        self.release_file(caller, request)
     }
 
     fn get_lock(&self, caller: Caller, request: &LkIn) -> Result<FileLock> {

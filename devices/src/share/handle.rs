@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::budget::{Budget, Permit};
@@ -35,6 +36,7 @@ pub(super) struct Handle {
     nodeid: u64,
     fh: u64,
     kind: Kind,
+    closed: AtomicBool,
     _room: Room,
 }
 
@@ -70,6 +72,17 @@ impl Handle {
     }
 }
 
+impl Handle {
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it is in the table no more, and stays open only until the requests that have it end.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+}
+
 impl AsFd for Handle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.kind {
@@ -100,10 +113,9 @@ pub(super) struct Room {
 }
 
 impl Handles {
-    /// A table for at most `most`, each of which takes one of `descriptors`.
-    pub(super) fn new(most: usize, numbers: Numbers, descriptors: Arc<Budget>) -> Self {
+    /// A table, whose handles take one of `slots` and one of `descriptors` each.
+    pub(super) fn new(slots: Arc<Budget>, numbers: Numbers, descriptors: Arc<Budget>) -> Self {
         let state = State { table: Table::new(usize::MAX, numbers), by_node: BTreeSet::new() };
-        let slots = Budget::new(most, Errno::NFILE);
         Self { state: RwLock::new(state), slots, descriptors }
     }
 
@@ -128,7 +140,13 @@ impl Handles {
 
     fn insert(&self, nodeid: u64, kind: Kind, room: Room) -> Result<u64> {
         let mut state = self.write();
-        let handle = state.table.insert(|fh| Handle { nodeid, fh, kind, _room: room })?;
+        let handle = state.table.insert(|fh| Handle {
+            nodeid,
+            fh,
+            kind,
+            closed: AtomicBool::new(false),
+            _room: room,
+        })?;
         state.by_node.insert((nodeid, handle.fh));
         Ok(handle.fh())
     }
@@ -193,6 +211,7 @@ impl Handles {
             state.by_node.remove(&(nodeid, fh));
             state.table.remove(fh)
         };
+        closed.iter().for_each(|handle| handle.close());
         drop(closed);
         Ok(())
     }
@@ -204,6 +223,7 @@ impl Handles {
             state.by_node.clear();
             state.table.drain(|_| false)
         };
+        closed.iter().for_each(|handle| handle.close());
         drop(closed);
     }
 }

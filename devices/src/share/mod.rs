@@ -147,7 +147,6 @@ impl Share {
         // So that a host without openat2 is found out now and not by the guest.
         host.reopen(&root, OFlags::PATH)?;
         rustix::fs::openat2(&root, ".", flags, Mode::empty(), rustix::fs::ResolveFlags::BENEATH)?;
-        let caps = options.caps();
         let mounts = Mounts::new(&host, &root, &attributes, options.file_handles)?;
         let identity = Identity::of(mounts.root().clone(), &root, &attributes);
         let numbers = Numbers::of(index);
@@ -158,7 +157,7 @@ impl Share {
             root: Arc::new(root),
             mounts,
             inodes: Inodes::new(identity, numbers, common.nodes.clone())?,
-            handles: Handles::new(caps.handles, numbers, descriptors.clone()),
+            handles: Handles::new(common.handles.clone(), numbers, descriptors.clone()),
             directories: Directories::default(),
             descriptors,
             buffers: common.buffers.clone(),

@@ -1,7 +1,7 @@
 //! A share in a tree.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::MemberInfo;
 use crate::dax::DaxWindow;
@@ -25,9 +25,16 @@ pub(super) struct Member {
     removed: AtomicBool,
     /// Requests of its nodes.
     pub(super) counters: Arc<Counters>,
+    /// The last field: when it is dropped, so is all the rest, and nothing on the host is held any more.
+    gone: Arc<()>,
 }
 
 impl Member {
+    /// Whoever has this learns when the member is gone: it can be upgraded no more.
+    pub(super) fn watch(&self) -> Weak<()> {
+        Arc::downgrade(&self.gone)
+    }
+
     pub(super) fn new(
         index: u32,
         path: String,
@@ -43,6 +50,7 @@ impl Member {
             lookups: AtomicU64::new(0),
             removed: AtomicBool::new(false),
             counters: Arc::default(),
+            gone: Arc::default(),
         }
     }
 

@@ -221,10 +221,10 @@ impl Tree {
         for member in doomed {
             // Who finds it from now on is a request that was being served already.
             member.end();
-            left.push(Arc::downgrade(&member));
+            left.push(member.watch());
         }
         let since = Instant::now();
-        while left.iter().any(|member| member.strong_count() > 0) {
+        while left.iter().any(|gone| gone.strong_count() > 0) {
             if since.elapsed() > PATIENCE {
                 return Err(TreeError::Serving(path));
             }

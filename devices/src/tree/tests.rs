@@ -190,6 +190,18 @@ fn descriptors_of_all_members_come_out_of_one_budget() {
 }
 
 #[test]
+fn handles_of_all_members_come_out_of_one_budget() {
+    let sandbox = Sandbox::with(|options| options.max_handles = Some(1));
+    sandbox.add("one", "/one");
+    sandbox.add("two", "/two");
+    let (file, other) = (sandbox.guest.node("one/file"), sandbox.guest.node("two/file"));
+    let fh = sandbox.guest.fh(file, libc::O_RDONLY);
+    assert_eq!(sandbox.guest.open(other, libc::O_RDONLY).error, libc::ENFILE);
+    release(&sandbox.guest, file, fh);
+    assert_eq!(sandbox.guest.open(other, libc::O_RDONLY).error, 0);
+}
+
+#[test]
 fn numbers_of_one_member_mean_nothing_to_another() {
     let sandbox = Sandbox::new();
     let guest = &sandbox.guest;

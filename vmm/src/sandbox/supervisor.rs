@@ -183,13 +183,15 @@ impl Watch {
     fn handle(&mut self, event: Event) {
         let supervisor = &mut self.supervisor;
         match event {
+            // Said before, or after the end: a terminal that is raw already is not taken for what it was before.
+            Event::Guest(FromGuest::Started) if supervisor.outcome.message.is_some() => {}
             Event::Guest(FromGuest::Started) => {
                 supervisor.progress.finish();
                 // One that is at its end stays there, whatever the guest says.
                 if !supervisor.draining {
                     supervisor.state.set(State::Running);
                 }
-                supervisor.outcome.message.get_or_insert(FromGuest::Started);
+                supervisor.outcome.message = Some(FromGuest::Started);
                 supervisor.detach();
                 if supervisor.terminal && supervisor.interactive {
                     match RawTerminal::enter() {

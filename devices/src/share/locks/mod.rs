@@ -439,7 +439,9 @@ impl Share {
                 let place = self.locks.waiters.take(1)?;
                 wait::start(wait, move || {
                     let _place = &place;
-                    Ok(flock(&*handle, later)?)
+                    flock(&*handle, later)?;
+                    // Given up with the handle, as soon as this request has ended.
+                    if handle.is_closed() { Err(Errno::BADF) } else { Ok(()) }
                 })
             }
             (Err(errno), _) => Err(errno),
@@ -484,17 +486,23 @@ impl Share {
     }
 
     /// RELEASE: nobody has the file open through this handle any more.
+    ///
+    /// The guest does not ask twice: the handle is closed, whatever the host says.
     pub(super) fn release_file(&self, caller: Caller, request: &ReleaseIn) -> Result<()> {
+        let mut unlocked = Ok(());
         if request.release_flags & RELEASE_FLOCK_UNLOCK != 0
             && let Ok(handle) = self.handles.get(caller.nodeid, request.fh)
             && let Ok(file) = handle.file()
         {
             // At once, also where a request still holds the handle.
-            flock(&file.fd, FlockOperation::Unlock)?;
+            unlocked = flock(&file.fd, FlockOperation::Unlock);
         }
         self.handles.close(caller.nodeid, request.fh, |handle| handle.file().is_ok())?;
         self.locks.drop_owners(caller.nodeid, false, |_, state| state.fh == request.fh);
-        Ok(())
+        if let Some(mapped) = &self.mapped {
+            mapped.closed(caller.nodeid);
+        }
+        Ok(unlocked?)
     }
 
     /// Opens a file once more, to carry the locks of one owner. It is opened for no more than the guest has
