@@ -73,7 +73,8 @@ pub fn run(
         stdout: streams.stdout,
         stderr: streams.stderr,
         raw,
-        closed: false,
+        stdout_closed: false,
+        stderr_closed: false,
     };
     let status = session.listen(stream);
     session.shared.cook();
@@ -139,8 +140,9 @@ struct Session {
     stderr: OwnedFd,
     /// The user's terminal is to be raw.
     raw: bool,
-    /// Nobody reads our output any more, and the command was told.
-    closed: bool,
+    /// Nobody reads this output any more, and the command was told.
+    stdout_closed: bool,
+    stderr_closed: bool,
 }
 
 impl Session {
@@ -198,13 +200,16 @@ impl Session {
     }
 
     fn write(&mut self, bytes: &[u8], error: bool) -> Result<()> {
-        if self.closed {
+        let (target, closed) = match error {
+            true => (&self.stderr, &mut self.stderr_closed),
+            false => (&self.stdout, &mut self.stdout_closed),
+        };
+        if *closed {
             return Ok(());
         }
-        let target = if error { &self.stderr } else { &self.stdout };
         match stdio::write_all(target, bytes) {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                self.closed = true;
+                *closed = true;
                 tell(&self.sender, &FromHost::Signal { number: Signal::PIPE.as_raw() });
                 Ok(())
             }

@@ -71,9 +71,6 @@ pub struct RmArgs {
 /// Removes them.
 pub fn rm(args: &RmArgs) -> Result<u8> {
     let name = &args.sandbox;
-    if Connection::open(name).is_ok() {
-        bail!("sandbox {name:?} runs; end it by `oriel stop {name}`");
-    }
     check_name(name).map_err(|error| anyhow!(error))?;
     if !control::forget(&control::directory()?, name)? {
         bail!("there is nothing left of a sandbox {name:?}");

@@ -7,11 +7,13 @@
 pub mod client;
 pub mod server;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -136,12 +138,30 @@ pub fn log_path(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.log"))
 }
 
-/// Removes what the sandbox `name`, which does not run, has left. Says whether there was anything.
+/// Until it is dropped nobody else looks whether a sandbox runs and then makes or removes what belongs to it.
+fn hold(directory: &Path) -> Result<File> {
+    let lock = File::open(directory).context("cannot be opened")?;
+    flock(&lock, FlockOperation::LockExclusive).context("cannot be locked")?;
+    Ok(lock)
+}
+
+/// Removes what the sandbox `name` has left. Says whether there was anything.
 ///
 /// # Errors
 ///
-/// The host's.
+/// When it runs, or may; the host's.
 pub fn forget(directory: &Path, name: &str) -> Result<bool> {
+    if !directory.exists() {
+        return Ok(false);
+    }
+    let _lock = hold(directory)?;
+    let path = socket_path(directory, name);
+    match UnixStream::connect(&path) {
+        Ok(_) => bail!("sandbox {name:?} runs; end it by `oriel stop {name}`"),
+        Err(error)
+            if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {}
+        Err(error) => return Err(error).with_context(|| format!("{}", path.display())),
+    }
     let mut found = logs::remove(&log_path(directory, name))?;
     for path in [socket_path(directory, name), vsock_path(directory, name)] {
         match fs::remove_file(&path) {
@@ -172,6 +192,24 @@ mod tests {
         for name in ["", ".", "..", "-a", "a/b", "a b", "ä", "a\n", "a\0", &"x".repeat(49)] {
             assert!(check_name(name).unwrap_err().contains("is no name"), "{name}");
         }
+    }
+
+    #[test]
+    fn a_sandbox_that_runs_is_not_forgotten_and_one_that_was_killed_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let left = || fs::read_dir(directory).unwrap().count();
+        let listener =
+            std::os::unix::net::UnixListener::bind(socket_path(directory, "box")).unwrap();
+        fs::write(log_path(directory, "box"), "said").unwrap();
+        let error = forget(directory, "box").unwrap_err();
+        assert!(error.to_string().contains("oriel stop box"), "{error:#}");
+        assert_eq!(left(), 2);
+        drop(listener);
+        assert!(forget(directory, "box").unwrap());
+        assert_eq!(left(), 0);
+        assert!(!forget(directory, "box").unwrap());
+        assert!(!forget(&directory.join("absent"), "box").unwrap());
     }
 
     #[test]

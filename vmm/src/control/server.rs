@@ -3,7 +3,7 @@
 //! Whoever can connect is the user who runs the sandbox, or root: the socket and its directory are theirs
 //! alone. What comes is checked all the same, and a client that says nothing keeps no other from speaking.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -13,10 +13,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
-use super::{MAX_LINE, Reply, Request, socket_path};
+use super::{MAX_LINE, Reply, Request, hold, socket_path};
 use crate::socket::{InUse, ListeningSocket};
 
 /// The most clients at a time: each has a thread.
@@ -44,8 +43,7 @@ impl ControlSocket {
         make_private(directory)?;
         let path = socket_path(directory, name);
         // Between the look at what is there and our own socket nobody else may do the same.
-        let lock = File::open(directory).context("cannot be opened")?;
-        flock(&lock, FlockOperation::LockExclusive).context("cannot be locked")?;
+        let _lock = hold(directory)?;
         let socket = ListeningSocket::new(&path).map_err(|error| match error.is::<InUse>() {
             true => {
                 anyhow!("a sandbox of this name runs already; choose another name, or end that one")
