@@ -115,7 +115,7 @@ pub(super) struct Room {
 impl Handles {
     /// A table, whose handles take one of `slots` and one of `descriptors` each.
     pub(super) fn new(slots: Arc<Budget>, numbers: Numbers, descriptors: Arc<Budget>) -> Self {
-        let state = State { table: Table::new(usize::MAX, numbers), by_node: BTreeSet::new() };
+        let state = State { table: Table::new(numbers), by_node: BTreeSet::new() };
         Self { state: RwLock::new(state), slots, descriptors }
     }
 
@@ -225,5 +225,30 @@ impl Handles {
         };
         closed.iter().for_each(|handle| handle.close());
         drop(closed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_table_refuses_until_there_is_room() {
+        let slots = Budget::new(2, Errno::NFILE);
+        let descriptors = Budget::new(9, Errno::NFILE);
+        let handles = Handles::new(slots, Numbers::of(0), descriptors.clone());
+        let open = || {
+            let room = handles.room()?;
+            let file = std::fs::File::open("/dev/null").unwrap();
+            handles.add_file(7, file.into(), false, room)
+        };
+        assert_eq!((open(), open(), open()), (Ok(1), Ok(2), Err(Errno::NFILE)));
+        assert_eq!((handles.live(), descriptors.used()), (2, 2), "a refusal takes nothing");
+        handles.close(7, 2, |_| true).unwrap();
+        drop(handles.room().unwrap());
+        assert_eq!(open(), Ok(3));
+        assert_eq!(handles.live(), 2);
+        handles.clear();
+        assert_eq!(descriptors.used(), 0);
     }
 }

@@ -251,14 +251,11 @@ impl Inodes {
     ///
     /// `ENFILE` when `budget` has not even that.
     pub(super) fn new(root: Identity, numbers: Numbers, budget: Arc<Budget>) -> Result<Self> {
-        let state = State {
-            table: Table::new(usize::MAX, numbers),
-            by_identity: HashSet::new(),
-            kept: HashMap::new(),
-        };
+        let state =
+            State { table: Table::new(numbers), by_identity: HashSet::new(), kept: HashMap::new() };
         let inodes = Self { state: RwLock::new(state), budget, root: numbers.first };
         // The first one has the first number.
-        inodes.remember(root, libc::S_IFDIR, &mut inodes.room(0)?)?;
+        inodes.remember(root, libc::S_IFDIR, None)?;
         Ok(inodes)
     }
 
@@ -293,18 +290,18 @@ impl Inodes {
         self.read().known(identity).cloned()
     }
 
-    /// Room for `count` more nodes. Taken before a file is made, so that there is none that the guest is then
-    /// not told of; 0 for files that are there.
+    /// Room for one more node. Taken before a file is made, so that there is none that the guest is then not
+    /// told of.
     ///
     /// # Errors
     ///
     /// `ENFILE` when there are too many nodes.
-    pub(super) fn room(&self, count: usize) -> Result<Permit> {
-        self.budget.take(count)
+    pub(super) fn room(&self) -> Result<Permit> {
+        self.budget.take(1)
     }
 
     /// Counts a lookup of a file and returns its node, new or known. `kind` is the `S_IFMT` part of its mode.
-    /// `room` is used up for a new one, if it has any.
+    /// A new one takes `room`; for files that were there before, it is looked for only then.
     ///
     /// # Errors
     ///
@@ -313,7 +310,7 @@ impl Inodes {
         &self,
         identity: Identity,
         kind: u32,
-        room: &mut Permit,
+        room: Option<Permit>,
     ) -> Result<Arc<Inode>> {
         {
             let state = self.read();
@@ -327,11 +324,14 @@ impl Inodes {
             inode.count_lookup();
             return Ok(inode.clone());
         }
+        let mut room = room.map_or_else(|| self.room(), Ok)?;
+        let inode = state.table.insert(|nodeid| Inode {
+            nodeid,
+            lookups: AtomicU64::new(1),
+            identity,
+            kind,
+        })?;
         room.spend(1)?;
-        let inode = state
-            .table
-            .insert(|nodeid| Inode { nodeid, lookups: AtomicU64::new(1), identity, kind })
-            .inspect_err(|_| room.take_back(1))?;
         state.by_identity.insert(ByIdentity(inode.clone()));
         Ok(inode)
     }

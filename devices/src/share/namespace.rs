@@ -66,17 +66,18 @@ impl Share {
         file: impl AsFd,
         name: &CStr,
     ) -> Result<EntryOut> {
-        self.entry(directory, Some(name), host::find(file, name)?, &mut self.inodes.room(0)?)
+        self.entry(directory, Some(name), host::find(file, name)?, None)
     }
 
     /// Counts a lookup of the file behind a descriptor, which was found in `directory` under `name` or was
-    /// made there without one. `room` is that of its node.
+    /// made there without one. `room` is that of its node, if it was
+    /// made.
     fn entry(
         &self,
         directory: &Arc<Inode>,
         name: Option<&CStr>,
         fd: impl AsFd,
-        room: &mut Permit,
+        room: Option<Permit>,
     ) -> Result<EntryOut> {
         let stat = host::stat(&fd)?;
         let parent = &directory.identity.mount;
@@ -111,7 +112,7 @@ impl Share {
         name: Option<&CStr>,
         fd: impl AsFd,
         (stat, mount): (&Statx, Arc<Mount>),
-        room: &mut Permit,
+        room: Option<Permit>,
     ) -> Result<Arc<Inode>> {
         let identity = Identity::of(mount, &fd, stat);
         let inode =
@@ -184,12 +185,12 @@ impl Share {
     ) -> Result<EntryOut> {
         let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let file = self.file(&directory)?;
-        let mut room = self.inodes.room(1)?;
+        let room = self.inodes.room()?;
         {
             let _identity = self.identity(caller)?;
             make(&file)?;
         }
-        self.entry(&directory, Some(name), host::find(&file, name)?, &mut room)
+        self.entry(&directory, Some(name), host::find(&file, name)?, Some(room))
     }
 
     pub(super) fn make_symlink(
@@ -317,7 +318,7 @@ impl Share {
         let flags = self.open_flags(request.flags)?;
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let parent = self.file(&directory)?;
-        let room = (self.inodes.room(1)?, self.handles.room()?);
+        let room = (self.inodes.room()?, self.handles.room()?);
         let made = {
             let _identity = self.identity(caller)?;
             host::create(&parent, name, self.creation_flags(flags), mode)
@@ -362,7 +363,7 @@ impl Share {
         flags.set(OFlags::EXCL, request.flags & libc::O_EXCL as u32 != 0);
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let parent = self.file(&directory)?;
-        let room = (self.inodes.room(1)?, self.handles.room()?);
+        let room = (self.inodes.room()?, self.handles.room()?);
         let fd = {
             let _identity = self.identity(caller)?;
             host::create_unnamed(parent, flags, mode)?
@@ -378,9 +379,9 @@ impl Share {
         name: Option<&CStr>,
         fd: OwnedFd,
         flags: OFlags,
-        (mut node, handle): (Permit, Room),
+        (node, handle): (Permit, Room),
     ) -> Result<(EntryOut, OpenOut)> {
-        let entry = self.entry(directory, name, &fd, &mut node)?;
+        let entry = self.entry(directory, name, &fd, Some(node))?;
         self.add_open_file(entry.nodeid, fd, flags, handle)
             .map(|open| (entry, open))
             .inspect_err(|_| self.give_back(entry.nodeid, 1))

@@ -21,7 +21,6 @@ pub(super) struct Table<T> {
     values: HashSet<Entry<T>>,
     numbers: Numbers,
     next: u64,
-    most: usize,
 }
 
 /// The numbers that a share gives out.
@@ -78,9 +77,9 @@ pub(super) fn shrink<T: Eq + Hash>(set: &mut HashSet<T>) {
 }
 
 impl<T: Numbered> Table<T> {
-    /// An empty table for at most `most` values.
-    pub(super) fn new(most: usize, numbers: Numbers) -> Self {
-        Self { values: HashSet::new(), numbers, next: numbers.first, most }
+    /// An empty table. How many values there may be is the affair of whoever inserts them.
+    pub(super) fn new(numbers: Numbers) -> Self {
+        Self { values: HashSet::new(), numbers, next: numbers.first }
     }
 
     pub(super) fn live(&self) -> usize {
@@ -97,11 +96,8 @@ impl<T: Numbered> Table<T> {
     ///
     /// # Errors
     ///
-    /// `ENFILE` when the table is full.
+    /// `ENFILE` when all numbers were given out.
     pub(super) fn insert(&mut self, value: impl FnOnce(u64) -> T) -> Result<Arc<T>> {
-        if self.values.len() >= self.most {
-            return Err(Errno::NFILE);
-        }
         // The last one is not given out.
         let next = self.next.checked_add(1).filter(|next| *next <= self.numbers.last);
         let next = next.ok_or(Errno::NFILE)?;
@@ -159,7 +155,7 @@ mod tests {
 
     #[test]
     fn the_first_number_is_one_and_a_removed_one_is_stale() {
-        let mut table = Table::new(8, Numbers::of(0));
+        let mut table = Table::new(Numbers::of(0));
         assert_eq!(insert(&mut table, 'a'), Ok(1));
         assert_eq!(**table.get(1).unwrap(), Value(1, 'a'));
         table.remove(1).unwrap();
@@ -172,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_number_that_never_was_is_not_found() {
-        let mut table = Table::new(8, Numbers::of(0));
+        let mut table = Table::new(Numbers::of(0));
         insert(&mut table, 'a').unwrap();
         for number in [0, 2, 1 << 32, (7 << 32) | 1, u64::MAX] {
             assert_eq!(table.get(number), Err(Errno::NOENT), "{number:#x}");
@@ -181,11 +177,10 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_refuses_until_there_is_room() {
-        let mut table = Table::new(2, Numbers::of(0));
+    fn what_is_drained_leaves_the_rest() {
+        let mut table = Table::new(Numbers::of(0));
         assert_eq!(insert(&mut table, 'a'), Ok(1));
         assert_eq!(insert(&mut table, 'b'), Ok(2));
-        assert_eq!(insert(&mut table, 'c'), Err(Errno::NFILE));
         assert_eq!(table.drain(|value| value.1 == 'b').len(), 1);
         assert_eq!(insert(&mut table, 'd'), Ok(3));
         assert_eq!(table.live(), 2);
@@ -193,7 +188,7 @@ mod tests {
 
     #[test]
     fn what_is_gone_costs_no_memory_whichever_are_left() {
-        let mut table = Table::new(usize::MAX, Numbers::of(0));
+        let mut table = Table::new(Numbers::of(0));
         for _ in 0..10_000 {
             insert(&mut table, 'x').unwrap();
         }
@@ -213,7 +208,7 @@ mod tests {
     #[test]
     fn the_numbers_of_an_index_begin_and_end_with_it() {
         let numbers = Numbers::of(7);
-        let mut table = Table::new(8, numbers);
+        let mut table = Table::new(numbers);
         let first = 7 << NUMBER_BITS | 1;
         assert_eq!(insert(&mut table, 'x'), Ok(first));
         assert_eq!(table.get(1).err(), Some(Errno::NOENT));

@@ -9,6 +9,7 @@ use rustix::fs::{
     setxattr,
 };
 
+use super::reach::Held;
 use super::{Share, XattrPolicy, acl, host};
 use crate::fuse::abi::{NAME_MAX, XATTR_MAX};
 use crate::fuse::{Caller, Errno, Result, XattrReply};
@@ -113,6 +114,13 @@ impl Share {
         }
     }
 
+    /// The file of an operation, of any kind: none of these opens it.
+    fn attributed(&self, caller: Caller) -> Result<Held> {
+        let inode = self.inodes.get(caller.nodeid)?;
+        inode.check_open_to_guests()?;
+        self.file(&inode)
+    }
+
     /// SETXATTR. `kill_sgid` comes with an ACL that is set by somebody who may not have sgid on that file.
     pub(super) fn set_xattr(
         &self,
@@ -129,9 +137,7 @@ impl Share {
             .ok_or(Errno::INVAL)?;
         let host_name = self.host_name(name)?;
         let is_acl = acl::is_acl(name.to_bytes());
-        let inode = self.inodes.get(caller.nodeid)?;
-        inode.check_open_to_guests()?;
-        let file = self.file(&inode)?;
+        let file = self.attributed(caller)?;
         if !is_acl {
             return Ok(setxattr(host::path(&file)?, &*host_name, value, flags)?);
         }
@@ -156,9 +162,7 @@ impl Share {
     pub(super) fn get_xattr(&self, caller: Caller, name: &CStr, size: u32) -> Result<XattrReply> {
         self.check_attributes()?;
         let host_name = self.host_name(name)?;
-        let inode = self.inodes.get(caller.nodeid)?;
-        inode.check_open_to_guests()?;
-        let file = self.file(&inode)?;
+        let file = self.attributed(caller)?;
         let path = host::path(&file)?;
         let _buffer = self.buffers.take(XATTR_MAX)?;
         let value = read_all(|value| getxattr(&path, &*host_name, value))?;
@@ -171,9 +175,7 @@ impl Share {
 
     pub(super) fn list_xattrs(&self, caller: Caller, size: u32) -> Result<XattrReply> {
         self.check_attributes()?;
-        let inode = self.inodes.get(caller.nodeid)?;
-        inode.check_open_to_guests()?;
-        let file = self.file(&inode)?;
+        let file = self.attributed(caller)?;
         let path = host::path(&file)?;
         let _buffer = self.buffers.take(XATTR_MAX)?;
         let names = read_all(|names| listxattr(&path, names))?;
@@ -191,9 +193,7 @@ impl Share {
         self.check_attributes()?;
         let _changing = self.change()?;
         let host_name = self.host_name(name)?;
-        let inode = self.inodes.get(caller.nodeid)?;
-        inode.check_open_to_guests()?;
-        let file = self.file(&inode)?;
+        let file = self.attributed(caller)?;
         Ok(removexattr(host::path(&file)?, &*host_name)?)
     }
 

@@ -39,15 +39,14 @@ impl WindowChoice {
     /// most 1/64 of its memory if all of them have so much of it; never more than `max`, to which the window
     /// can grow, if that is given.
     pub fn fitting(directory: &Path, reads: bool, memory: u64, max: Option<u64>) -> Self {
-        let most = (memory / Policy::RANGE * Policy::RANGE).max(LEAST).min(max.unwrap_or(u64::MAX));
+        let most = most(memory, max);
         let found = ranges_in(directory, reads, most / Policy::RANGE, PATIENCE);
         Self::for_ranges(found, most, max)
     }
 
     /// For files that are not known yet: at most what [`fitting`](Self::fitting) gives to many large ones.
     pub fn unknown(memory: u64, max: Option<u64>) -> Self {
-        let most = (memory / Policy::RANGE * Policy::RANGE).max(LEAST).min(max.unwrap_or(u64::MAX));
-        let bytes = UNKNOWN.min(most);
+        let bytes = UNKNOWN.min(most(memory, max));
         Self { bytes, max: max.unwrap_or(bytes), reason: "its files are not known yet".into() }
     }
 
@@ -69,6 +68,11 @@ impl WindowChoice {
         };
         Self { bytes, max: max.unwrap_or(bytes), reason }
     }
+}
+
+/// The largest window that is chosen, in whole ranges of `memory`.
+fn most(memory: u64, max: Option<u64>) -> u64 {
+    (memory / Policy::RANGE * Policy::RANGE).max(LEAST).min(max.unwrap_or(u64::MAX))
 }
 
 /// Ranges of the window that the files of a directory would take; `None` when there are more than `most`, or
