@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::process::{WaitId, WaitIdOptions, WaitOptions, WaitStatus};
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus};
 
 use crate::{log, sys};
 
@@ -19,13 +19,20 @@ use crate::{log, sys};
 #[derive(Debug, Default)]
 pub(crate) struct Children {
     state: Mutex<State>,
-    one_more: Condvar,
+    /// A start is over.
+    started: Condvar,
 }
+
+/// How soon the end of a process is seen while another one is being started, at the latest.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Default)]
 struct State {
     /// By process id, which is theirs as long as they are here.
     running: HashMap<i32, Arc<Child>>,
+    /// How many are being started: there may be a process of each that is not listed yet, and never will be when it
+    /// cannot execute its program.
+    starting: usize,
     /// Nobody is started any more.
     closed: bool,
 }
@@ -90,16 +97,20 @@ impl Children {
     /// Starts a process, which leads a process group.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Arc<Child>> {
         let ended = eventfd(0, EventfdFlags::CLOEXEC)?;
-        // Until it is listed nobody may take its end; nor that of one that could not execute its program, which
-        // the standard library waits for.
         let mut state = self.state();
         if state.closed {
             return Err(io::Error::other("the sandbox ends"));
         }
-        let pid = command.spawn()?.id().cast_signed();
+        state.starting += 1;
+        drop(state);
+        // Without the lock: a program is executed when the file system that it is on has answered, if it ever does.
+        let spawned = command.spawn();
+        let mut state = self.state();
+        state.starting -= 1;
+        self.started.notify_all();
+        let pid = spawned?.id().cast_signed();
         let child = Arc::new(Child { pid, ended, status: OnceLock::new() });
         state.running.insert(pid, Arc::clone(&child));
-        self.one_more.notify_all();
         Ok(child)
     }
 
@@ -124,7 +135,7 @@ impl Children {
                 Err(Errno::CHILD) => {
                     let state = self.state();
                     let none = |state: &mut State| state.running.is_empty();
-                    drop(self.one_more.wait_while(state, none));
+                    drop(self.started.wait_while(state, none));
                     continue;
                 }
                 Err(Errno::INTR) => continue,
@@ -132,10 +143,13 @@ impl Children {
                 Ok(_) => {}
             }
             let mut state = self.state();
-            if let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG)
-                && let Some(child) = state.running.remove(&pid.as_raw_nonzero().get())
-            {
-                child.end(shell_status(status));
+            if state.starting == 0 {
+                if let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+                    state.end(pid, status);
+                }
+            } else if !state.reap_listed() {
+                // The end of one that is being started, which the standard library takes, or of somebody's orphan.
+                drop(self.started.wait_timeout(state, LOOK_AGAIN));
             }
         }
     }
@@ -155,8 +169,34 @@ impl Children {
                 return false;
             }
             thread::sleep(Duration::from_millis(1));
+            // One whose start had begun may be there only now.
+            let _ = sys::kill_all();
         }
         true
+    }
+}
+
+impl State {
+    /// The end of this process was taken.
+    fn end(&mut self, pid: Pid, status: WaitStatus) {
+        if let Some(child) = self.running.remove(&pid.as_raw_nonzero().get()) {
+            child.end(shell_status(status));
+        }
+    }
+
+    /// Takes the end of those that are listed. Says whether there was any.
+    fn reap_listed(&mut self) -> bool {
+        let listed: Vec<_> = self.running.keys().filter_map(|pid| Pid::from_raw(*pid)).collect();
+        let mut found = false;
+        for pid in listed {
+            if let Ok(Some((pid, status))) =
+                rustix::process::waitpid(Some(pid), WaitOptions::NOHANG)
+            {
+                self.end(pid, status);
+                found = true;
+            }
+        }
+        found
     }
 }
 
@@ -206,5 +246,39 @@ pub(crate) mod tests {
             let error = children().spawn(&mut Command::new("/nonexistent")).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::NotFound);
         }
+    }
+
+    #[test]
+    #[expect(
+        unsafe_code,
+        reason = "a program whose execution hangs has to hang between fork and exec"
+    )]
+    fn one_whose_execution_hangs_holds_up_no_other() {
+        use std::os::unix::process::CommandExt;
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let all = children();
+        let hangs = |program: &str, reader: OwnedFd| {
+            let mut command = Command::new(program);
+            command.arg("-c").arg("exit 6").process_group(0);
+            let hang = move || Ok(rustix::io::read(&reader, &mut [0; 1]).map(drop)?);
+            // SAFETY: the closure makes one system call between fork and exec.
+            unsafe { command.pre_exec(hang) };
+            thread::spawn(move || children().spawn(&mut command))
+        };
+        let hung = hangs("/bin/sh", reader.try_clone().unwrap());
+        let fails = hangs("/nonexistent", reader);
+        while all.state().starting < 2 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        for status in 0..5 {
+            assert_eq!(start(&format!("exit {status}")).wait().unwrap(), status);
+        }
+        let signalled = start("sleep 1000 & wait");
+        all.signal(&signalled, libc::SIGTERM);
+        assert_eq!(signalled.wait().unwrap(), 128 + 15);
+        assert!(!hung.is_finished() && !fails.is_finished());
+        rustix::io::write(&writer, b"go").unwrap();
+        assert_eq!(hung.join().unwrap().unwrap().wait().unwrap(), 6);
+        assert_eq!(fails.join().unwrap().unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

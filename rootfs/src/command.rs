@@ -42,8 +42,12 @@ impl Refusal {
 
     /// Its program was found, and starting it failed.
     pub(crate) fn of_start(process: &Process, cause: &io::Error) -> Self {
-        let missing = cause.kind() == io::ErrorKind::NotFound;
-        let status = if missing { NOT_FOUND } else { NOT_EXECUTABLE };
+        let status = match cause.raw_os_error() {
+            Some(libc::ENOENT) => NOT_FOUND,
+            // There is no room for a process, whatever its program is; or we did not even try.
+            Some(libc::EAGAIN | libc::ENOMEM | libc::ENFILE | libc::EMFILE) | None => OURS,
+            Some(_) => NOT_EXECUTABLE,
+        };
         // The program is there: what is missing is the interpreter that it names.
         let reason = match cause.kind() {
             io::ErrorKind::NotFound => "its interpreter does not exist".to_owned(),
@@ -230,9 +234,20 @@ mod tests {
             assert!(refusal.message.contains(hint), "{refusal:?}");
         }
         let sh = process(&["sh"], "/", &[]);
-        for (error, status) in [(libc::ENOENT, 127), (libc::ENOEXEC, 126), (libc::EACCES, 126)] {
+        for (error, status) in [
+            (libc::ENOENT, 127),
+            (libc::ENOEXEC, 126),
+            (libc::EACCES, 126),
+            (libc::E2BIG, 126),
+            (libc::EIO, 126),
+            (libc::EAGAIN, 125),
+            (libc::ENOMEM, 125),
+            (libc::EMFILE, 125),
+        ] {
             let error = io::Error::from_raw_os_error(error);
             assert_eq!(Refusal::of_start(&sh, &error).status, status);
         }
+        let refusal = Refusal::of_start(&sh, &io::Error::other("the sandbox ends"));
+        assert_eq!(refusal.status, 125, "{refusal:?}");
     }
 }

@@ -28,6 +28,7 @@ use oriel_init::protocol::{
 
 use crate::agent::Agent;
 use crate::children::Children;
+use crate::command::Refusal;
 use crate::link::Port;
 use crate::process::{Control, Ports};
 
@@ -47,7 +48,8 @@ fn main() -> ExitCode {
     match Port::open(CONTROL_PORT) {
         Ok(mut messages) => {
             let last = match run(&mut messages) {
-                Ok(status) => FromGuest::Exited { status },
+                Ok(Ok(status)) => FromGuest::Exited { status },
+                Ok(Err(Refusal { status, message })) => FromGuest::Refused { status, message },
                 Err(error) => FromGuest::Failed { message: one_line(&error) },
             };
             log(&format!("{last:?}"));
@@ -63,8 +65,8 @@ fn main() -> ExitCode {
     power_off()
 }
 
-/// The whole life of the guest, up to the command's status.
-fn run(messages: &mut Port) -> Result<u8> {
+/// The whole life of the guest, up to the command's status or why there was no command.
+fn run(messages: &mut Port) -> Result<Result<u8, Refusal>> {
     let config = fs::read(CONFIG_PATH).with_context(|| format!("cannot read {CONFIG_PATH}"))?;
     let config: Config =
         serde_json::from_slice(&config).with_context(|| format!("cannot decode {CONFIG_PATH}"))?;
@@ -105,8 +107,8 @@ fn run(messages: &mut Port) -> Result<u8> {
         // The first command does not need it.
         log(&format!("there will be no further commands: vsock: {error}"));
     }
-    link::send(messages, &FromGuest::Started)?;
-    let status = process::run(&config.process, ids, &control, streams)?;
+    let started = || link::send(messages, &FromGuest::Started);
+    let status = process::run(&config.process, &ids, &control, streams, started)?;
     agent.finish(LAST_WORDS);
     std::env::set_current_dir("/").context("cannot leave the working directory")?;
     mounts::leave(&config.shares);

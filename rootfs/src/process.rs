@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -109,25 +110,23 @@ pub(crate) struct Ports {
     pub(crate) stderr: Port,
 }
 
-/// Runs the command to its end and returns its status. All that it and its children wrote is in the ports then,
-/// and none of them is left, nor of further commands.
-pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Ports) -> Result<u8> {
-    let mut complaints =
-        if process.terminal { ports.stdout.try_clone()? } else { ports.stderr.try_clone()? };
-    let mut refuse = |refusal: Refusal| {
-        let end = if process.terminal { "\r\n" } else { "\n" };
-        let line = format!("oriel: {}{end}", refusal.message);
-        complaints.write_all(line.as_bytes()).context("cannot write to the host")?;
-        Ok(refusal.status)
-    };
-    let mut command = match command::prepare(process, &ids) {
+/// Runs the command to its end and returns its status, or why it was not started. `started` is called once it runs.
+/// All that it and its children wrote is in the ports in the end, and none of them is left, nor of further commands.
+pub(crate) fn run(
+    process: &Process,
+    ids: &Ids,
+    control: &Arc<Control>,
+    ports: Ports,
+    started: impl FnOnce() -> Result<()>,
+) -> Result<Result<u8, Refusal>> {
+    let mut command = match command::prepare(process, ids) {
         Ok(command) => command,
-        Err(refusal) => return refuse(refusal),
+        Err(refusal) => return Ok(Err(refusal)),
     };
     let streams = if process.terminal {
-        Streams::terminal(&mut command, &ids, control, ports)
+        Streams::terminal(&mut command, ids, control, ports)
     } else {
-        Streams::pipes(&mut command, &ids, ports)
+        Streams::pipes(&mut command, ids, ports)
     }
     .context("cannot set up the command's standard streams")?;
 
@@ -136,12 +135,13 @@ pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Po
     drop(command);
     let status = match child {
         Ok(child) => {
+            started()?;
             control.started(&child);
             child.wait().context("cannot wait for the command")
         }
         Err(cause) => {
             streams.finish(None)?;
-            return refuse(Refusal::of_start(process, &cause));
+            return Ok(Err(Refusal::of_start(process, &cause)));
         }
     };
     // They would hold the pipes open, and the guest ends anyway.
@@ -152,11 +152,16 @@ pub(crate) fn run(process: &Process, ids: Ids, control: &Arc<Control>, ports: Po
     }
     let status = status?;
     streams.finish(patience)?;
-    Ok(status)
+    Ok(Ok(status))
 }
 
-/// The threads that carry the command's output to the host.
-struct Streams(Vec<JoinHandle<io::Result<()>>>);
+/// The command's output on its way to the host.
+struct Streams {
+    /// The threads that carry it.
+    threads: Vec<JoinHandle<io::Result<()>>>,
+    /// The command's end of its terminal, as long as there may be more output.
+    terminal: Option<OwnedFd>,
+}
 
 impl Streams {
     fn pipes(command: &mut Command, ids: &Ids, ports: Ports) -> io::Result<Self> {
@@ -179,7 +184,7 @@ impl Streams {
         own(&writer, ids)?;
         command.stderr(Stdio::from(writer));
         let stderr = carry("stderr", File::from(reader), ports.stderr)?;
-        Ok(Self(vec![stdout, stderr]))
+        Ok(Self { threads: vec![stdout, stderr], terminal: None })
     }
 
     /// A pseudoterminal between the command and the ports, which are no terminals.
@@ -189,19 +194,22 @@ impl Streams {
         control: &Arc<Control>,
         ports: Ports,
     ) -> io::Result<Self> {
-        let host = Arc::new(terminal::give(command, ids)?);
+        let (host, guest) = terminal::give(command, ids)?;
+        let host = Arc::new(host);
         control.attach(Arc::clone(&host));
         if let Some(port) = ports.stdin {
             feed("keyboard", port, host.try_clone()?)?;
         }
-        Ok(Self(vec![carry("screen", host.try_clone()?, ports.stdout)?]))
+        let screen = carry("screen", host.try_clone()?, ports.stdout)?;
+        Ok(Self { threads: vec![screen], terminal: Some(guest) })
     }
 
     /// Waits until all output is in the ports. Somebody may hold the other ends only with a `patience`: that is
     /// how long is waited then.
     fn finish(self, patience: Option<Duration>) -> Result<()> {
+        drop(self.terminal);
         let start = Instant::now();
-        for thread in self.0 {
+        for thread in self.threads {
             if let Some(patience) = patience {
                 while !thread.is_finished() && start.elapsed() < patience {
                     thread::sleep(Duration::from_millis(1));
@@ -228,7 +236,7 @@ fn carry(name: &str, mut from: File, mut to: Port) -> io::Result<JoinHandle<io::
                 Ok(0) => return Ok(()),
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // A pseudoterminal that nobody has open on the other side.
+                // A pseudoterminal that nobody has open on the other side, nor will.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
                 Err(error) => return Err(error),
             };

@@ -14,8 +14,9 @@
 //! a port that the host has closed. The host may send at any time: nothing is lost before the guest listens.
 //! With a terminal, the host sends the size at the start: `oriel-init` waits a moment for it.
 //!
-//! The guest ends with [`FromGuest::Exited`] or [`FromGuest::Failed`] and then waits: it has put all output
-//! into its queues, but does not know when the host has read them. The host reads them and ends the machine.
+//! The guest ends with [`FromGuest::Exited`], [`FromGuest::Refused`] or [`FromGuest::Failed`] and then waits: it has
+//! put all output into its queues, but does not know when the host has read them. The host reads them and ends the
+//! machine.
 //!
 //! Further commands come over vsock, when [`Config::agent`] says so: `oriel-init` listens on [`AGENT_PORT`], and
 //! each stream is one command. What passes there is cut into [`frames`](crate::frames). The host begins with an
@@ -193,13 +194,19 @@ pub enum FromHost {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FromGuest {
-    /// The command is about to be started: everything is mounted.
+    /// The command runs: everything is mounted, and its program was executed.
     Started,
     /// The command ended, and all it wrote has been sent. The guest waits for its end.
     Exited {
-        /// What `oriel run` exits with: the command's status, 128 + n when signal n killed it, 126 when it
-        /// could not be executed, 127 when it was not found.
+        /// What `oriel run` exits with: the command's status, 128 + n when signal n killed it.
         status: u8,
+    },
+    /// The command was not started. The guest waits for its end.
+    Refused {
+        /// As in [`FromAgent::Refused`].
+        status: u8,
+        /// Why: one line.
+        message: String,
     },
     /// The sandbox could not be set up. The guest waits for its end.
     Failed {

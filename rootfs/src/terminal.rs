@@ -12,15 +12,17 @@ use crate::command::own;
 use crate::log;
 use crate::users::Ids;
 
-/// Gives `command` a terminal, and returns the host's end of it.
-pub(crate) fn give(command: &mut Command, ids: &Ids) -> io::Result<File> {
+/// Gives `command` a terminal, and returns both ends of it: the host's, and the command's, which is to be kept until
+/// the command has ended. While nobody has that open, the host's end fails as if all were over, and a command may well
+/// close its terminal and open it again (`/dev/tty`).
+pub(crate) fn give(command: &mut Command, ids: &Ids) -> io::Result<(File, OwnedFd)> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let host = rustix::pty::openpt(flags)?;
     rustix::pty::unlockpt(&host)?;
     let guest: OwnedFd = rustix::pty::ioctl_tiocgptpeer(&host, flags)?;
     own(&guest, ids)?;
-    command.stdin(guest.try_clone()?).stdout(guest.try_clone()?).stderr(guest);
-    Ok(File::from(host))
+    command.stdin(guest.try_clone()?).stdout(guest.try_clone()?).stderr(guest.try_clone()?);
+    Ok((File::from(host), guest))
 }
 
 /// Tells the terminal how large it is, and those in its foreground when that is new to them.

@@ -48,20 +48,29 @@ impl Listener {
         Ok(Self(socket))
     }
 
-    /// Takes the next connection; waits for one.
+    /// Takes the next connection, and says who is at its other end: [`HOST`], or somebody of the guest itself.
+    /// Waits for one.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub fn accept(&self) -> io::Result<UnixStream> {
-        let null = std::ptr::null_mut();
-        // SAFETY: without a place for an address none is written.
+    pub fn accept(&self) -> io::Result<(UnixStream, u32)> {
+        // Nobody's: what the kernel does not write counts as that.
+        let mut peer = address(libc::VMADDR_CID_ANY, libc::VMADDR_PORT_ANY);
+        let mut size = ADDRESS_SIZE;
+        // SAFETY: the place for the address is a `sockaddr_vm` of the length that is given, and both live across
+        // the call.
         let socket = unsafe {
-            libc::accept4(self.0.as_raw_fd(), null, std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+            libc::accept4(
+                self.0.as_raw_fd(),
+                (&raw mut peer).cast(),
+                &raw mut size,
+                libc::SOCK_CLOEXEC,
+            )
         };
         check(socket)?;
         // SAFETY: a file descriptor that was just made, and is nobody else's.
-        Ok(unsafe { OwnedFd::from_raw_fd(socket) }.into())
+        Ok((unsafe { OwnedFd::from_raw_fd(socket) }.into(), peer.svm_cid))
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
@@ -19,7 +20,7 @@ pub struct Log {
     path: PathBuf,
     state: Mutex<State>,
     /// Stay when the sandbox ends.
-    keep: bool,
+    keep: AtomicBool,
 }
 
 struct State {
@@ -29,17 +30,21 @@ struct State {
 }
 
 impl Log {
-    /// A new one at `path`, instead of what an earlier sandbox has left there. `keep`: it stays when the sandbox
-    /// ends.
+    /// A new one at `path`, instead of what an earlier sandbox has left there.
     ///
     /// # Errors
     ///
     /// The host's.
-    pub fn create(path: &Path, keep: bool) -> Result<Self> {
+    pub fn create(path: &Path) -> Result<Self> {
         remove(path)?;
         let file = new_file(path).with_context(|| path.display().to_string())?;
         let state = Mutex::new(State { file: Some(file), length: 0 });
-        Ok(Self { path: path.to_owned(), state, keep })
+        Ok(Self { path: path.to_owned(), state, keep: AtomicBool::new(false) })
+    }
+
+    /// It stays when the sandbox ends.
+    pub fn keep(&self) {
+        self.keep.store(true, Ordering::Relaxed);
     }
 
     /// Appends `bytes`. What cannot be written is lost, and with it all that comes later: a log holds up nobody.
@@ -57,7 +62,7 @@ impl Log {
     pub fn end(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.file = None;
-        let kept = self.keep && state.length > 0;
+        let kept = self.keep.load(Ordering::Relaxed) && state.length > 0;
         if !kept && let Err(error) = remove(&self.path) {
             log::warn!("{error:#}");
         }
@@ -195,7 +200,7 @@ mod tests {
     fn what_was_written_is_read_apart() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("box.log");
-        let log = Log::create(&path, false).unwrap();
+        let log = Log::create(&path).unwrap();
         log.write(Kind::Stdout, b"one\0");
         log.write(Kind::Stderr, b"two");
         log.write(Kind::Console, b"");
@@ -215,7 +220,8 @@ mod tests {
     fn it_is_bounded_and_its_end_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("box.log");
-        let log = Log::create(&path, true).unwrap();
+        let log = Log::create(&path).unwrap();
+        log.keep();
         for number in 0..100_000u32 {
             log.write(Kind::Stdout, format!("{number:050}\n").as_bytes());
         }
@@ -236,7 +242,8 @@ mod tests {
         log.end();
         assert!(path.exists(), "it was to be kept");
         // The next one has nothing of it, and leaves nothing when it has nothing.
-        let log = Log::create(&path, true).unwrap();
+        let log = Log::create(&path).unwrap();
+        log.keep();
         assert_eq!(all(&path), []);
         log.end();
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
@@ -246,7 +253,7 @@ mod tests {
     fn what_comes_is_followed_over_the_change_of_files() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("box.log");
-        let log = Log::create(&path, false).unwrap();
+        let log = Log::create(&path).unwrap();
         let (mut written, mut heard) = (0u64, 0u64);
         let more = || {
             written += 1;
@@ -268,12 +275,12 @@ mod tests {
         fs::write(&other, "mine").unwrap();
         assert!(read(&other, |_, _| Ok(()), || Ok(false)).is_err() || fs::read(&other).is_ok());
         symlink(&other, &path).unwrap();
-        let log = Log::create(&path, false).unwrap();
+        let log = Log::create(&path).unwrap();
         log.write(Kind::Stdout, b"x");
         assert_eq!(fs::read(&other).unwrap(), b"mine");
         fs::write(&path, [99; 100]).unwrap();
         let error = read(&path, |_, _| Ok(()), || Ok(false)).unwrap_err();
         assert!(error.to_string().contains("no log"), "{error:#}");
-        assert!(Log::create(Path::new("/nonexistent/log"), false).is_err());
+        assert!(Log::create(Path::new("/nonexistent/log")).is_err());
     }
 }

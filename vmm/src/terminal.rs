@@ -47,8 +47,27 @@ impl Drop for RawTerminal {
     }
 }
 
+/// A line as it may be shown on a terminal, whoever has written it: without what a terminal would obey.
+pub fn printable(text: &str) -> String {
+    let escape = |character: char| match character.is_control() {
+        true => character.escape_default().to_string(),
+        false => character.to_string(),
+    };
+    text.chars().map(escape).collect()
+}
+
 /// Rows and columns of the terminal, if there is one.
 pub fn size() -> Option<(u16, u16)> {
     let Winsize { ws_row, ws_col, .. } = tcgetwinsize(rustix::stdio::stdout()).ok()?;
     (ws_row > 0 && ws_col > 0).then_some((ws_row, ws_col))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn a_terminal_obeys_nothing_that_is_printable() {
+        assert_eq!(printable("a\x1b[2J\nü\u{9b}\r\t"), "a\\u{1b}[2J\\nü\\u{9b}\\r\\t");
+    }
 }

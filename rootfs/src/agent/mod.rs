@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use oriel_init::frames;
 use oriel_init::protocol::{AGENT_PORT, FromAgent, MOST_EXECS, Process};
-use oriel_init::vsock::Listener;
+use oriel_init::vsock::{self, Listener};
 
 use self::session::Session;
 use crate::children::Children;
@@ -50,7 +50,7 @@ impl Agent {
         let accept = move || {
             loop {
                 match listener.accept() {
-                    Ok(stream) => agent.begin(stream),
+                    Ok((stream, peer)) => agent.admit(stream, peer),
                     Err(error) => {
                         log(&format!("a stream cannot be taken: {error}"));
                         thread::sleep(ACCEPT_AGAIN);
@@ -62,8 +62,19 @@ impl Agent {
         Ok(())
     }
 
+    /// Serves the host. Programs of the guest can connect as well where its kernel has vsock's loopback, and shall not
+    /// become root by that.
+    pub(crate) fn admit(self: &Arc<Self>, stream: UnixStream, peer: u32) {
+        match peer {
+            vsock::HOST => self.begin(stream),
+            _ => {
+                log(&format!("a stream of context id {peer}, which is not the host, is not heard"))
+            }
+        }
+    }
+
     /// Serves a stream on a thread of its own. Waits for nobody.
-    pub(crate) fn begin(self: &Arc<Self>, stream: UnixStream) {
+    fn begin(self: &Arc<Self>, stream: UnixStream) {
         let mut running = self.running();
         if *running >= MOST_EXECS {
             drop(running);

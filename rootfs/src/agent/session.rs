@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -40,11 +40,19 @@ pub(super) struct Session<'a> {
     /// Bytes of input taken since the host was last told.
     taken: usize,
     outputs: Vec<Output>,
-    terminal: Option<File>,
+    terminal: Option<Terminal>,
     /// The command has.
     ended: bool,
     /// The last word was said.
     done: bool,
+}
+
+/// The command's terminal.
+struct Terminal {
+    /// Our end of it.
+    screen: File,
+    /// The command's, until that has ended.
+    command: Option<OwnedFd>,
 }
 
 /// What the command writes.
@@ -135,18 +143,24 @@ impl<'a> Session<'a> {
             self.say_end();
             self.host.send()?;
             if !self.host.connected {
-                self.input = None;
-                self.host.unsent.clear();
+                self.be_alone();
             }
         }
-        // Of a terminal's host this is the end, and with it that of the terminal: the command gets SIGHUP. Without
-        // a terminal it was heard to its end.
         Ok(())
     }
 
     fn is_over(&self) -> bool {
-        let said = self.done && self.host.unsent.is_empty();
-        said || (!self.host.connected && self.terminal.is_some())
+        self.done && self.host.unsent.is_empty()
+    }
+
+    /// The host is gone. The command counts until it has ended, whatever it makes of that.
+    fn be_alone(&mut self) {
+        self.input = None;
+        self.host.unsent.clear();
+        // Without its host a terminal is none: the command gets SIGHUP. Without a terminal it is heard to its end.
+        if self.terminal.take().is_some() {
+            self.outputs.clear();
+        }
     }
 
     /// Waits until there is something to do.
@@ -184,7 +198,7 @@ impl<'a> Session<'a> {
                     FromHost::Signal { number } => return Err(invalid(format!("signal {number}"))),
                     FromHost::Resize { rows, columns } => {
                         if let Some(terminal) = &self.terminal {
-                            terminal::set_size(terminal, rows, columns);
+                            terminal::set_size(&terminal.screen, rows, columns);
                         }
                     }
                 },
@@ -243,6 +257,9 @@ impl<'a> Session<'a> {
         // All that the command itself has written is there when it has ended.
         if !self.ended && self.child.status().is_some() {
             self.ended = true;
+            if let Some(terminal) = &mut self.terminal {
+                terminal.command = None;
+            }
             for output in &mut self.outputs {
                 let held = rustix::io::ioctl_fionread(&output.file).unwrap_or(0);
                 output.left = usize::try_from(held).unwrap_or(0);
@@ -389,7 +406,7 @@ fn merge(base: &Process, exec: Exec) -> Process {
     }
 }
 
-type Begun = (Arc<Child>, Option<Input>, Vec<Output>, Option<File>);
+type Begun = (Arc<Child>, Option<Input>, Vec<Output>, Option<Terminal>);
 
 /// Starts a command and returns its streams, none of which ever blocks.
 fn begin(
@@ -405,7 +422,7 @@ fn begin(
     let mut outputs = Vec::new();
     let mut input = None;
     if process.terminal {
-        let screen = terminal::give(&mut command, &ids).map_err(host)?;
+        let (screen, end) = terminal::give(&mut command, &ids).map_err(host)?;
         if let Some((rows, columns)) = size {
             terminal::set_size(&screen, rows, columns);
         }
@@ -415,7 +432,7 @@ fn begin(
         }
         let file = screen.try_clone().map_err(host)?;
         outputs.push(Output { kind: Kind::Stdout, file, left: 0 });
-        terminal = Some(screen);
+        terminal = Some(Terminal { screen, command: Some(end) });
     } else {
         let (stdout, writer) = pipe_out(Kind::Stdout, &ids).map_err(host)?;
         command.stdout(writer);

@@ -288,6 +288,60 @@ fn a_host_that_goes_hangs_a_terminal_up_and_leaves_another_command_alone() {
 }
 
 #[test]
+fn a_command_that_ignores_that_its_terminal_is_gone_counts_until_it_ends() {
+    if !able() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let end = directory.path().join("end");
+    let mut exec = script(&format!(
+        "trap '' HUP; echo ready; while ! [ -e {} ]; do sleep 0.01; done",
+        end.display()
+    ));
+    exec.terminal = true;
+    let agent = Agent::new(base(), children());
+    let mut host = Host::connect(&agent);
+    host.say(&exec);
+    host.hear_until("ready");
+    drop(host);
+    agent.finish(Duration::from_millis(300));
+    assert_eq!(*agent.running(), 1);
+    std::fs::write(&end, "").unwrap();
+    agent.finish(PATIENCE);
+    assert_eq!(*agent.running(), 0);
+}
+
+#[test]
+fn a_command_may_close_its_terminal_and_open_it_again() {
+    if !able() {
+        return;
+    }
+    let mut exec =
+        script("echo before; exec 0<&- 1>&- 2>&-; sleep 0.3; exec >/dev/tty; echo behind; exit 8");
+    exec.terminal = true;
+    let (stdout, _, last) = Host::of(&exec).finish();
+    assert_eq!(String::from_utf8_lossy(&stdout), "before\r\nbehind\r\n");
+    assert_eq!(last, FromAgent::Exited { status: 8 });
+}
+
+#[test]
+fn nobody_but_the_host_is_heard() {
+    let agent = Agent::new(base(), children());
+    for peer in [0, 1, 3, u32::MAX] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        agent.admit(theirs, peer);
+        let mut host = Host { stream: ours, decoder: Decoder::new(MAX_TO_HOST) };
+        assert!(host.hear().is_none(), "{peer}");
+        assert_eq!(*agent.running(), 0);
+    }
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    agent.admit(theirs, vsock::HOST);
+    let mut host = Host { stream: ours, decoder: Decoder::new(MAX_TO_HOST) };
+    host.say(&Exec::default());
+    assert!(matches!(host.hear_message(), FromAgent::Refused { status: 125, .. }));
+}
+
+#[test]
 fn a_host_that_talks_nonsense_is_left_and_its_command_goes_on_without_it() {
     if !able() {
         return;

@@ -196,6 +196,13 @@ fn further_commands_run_beside_the_first_with_streams_status_and_terminal_of_the
         .script(&[], "while ! [ -e /s/went-on ]; do sleep 0.1; done; ps | grep -c '[h]ead -c'");
     assert_eq!(outcome.text(), "0\n", "it has gone on to its end, and is reaped");
 
+    // One that is not waited for.
+    let outcome = sandbox.script(&["-d"], "sleep 1; echo said; touch /s/alone");
+    outcome.exits_with(0).says_no_error();
+    outcome.check(outcome.stdout.is_empty() && !tree.path("alone").exists(), "it goes on alone");
+    sandbox.script(&[], "while ! [ -e /s/alone ]; do sleep 0.1; done").exits_with(0);
+    sandbox.exec(&["-d"], &["no-such-command"]).refuses(127, &["no-such-command"]);
+
     // Its end.
     let mut follows = sandbox.describe("logs", &["-f"], &[]).start();
     assert_eq!(follows.hear(), "first");
@@ -204,8 +211,12 @@ fn further_commands_run_beside_the_first_with_streams_status_and_terminal_of_the
     while listed(&sandbox) != "1\n" {
         thread::sleep(Duration::from_millis(50));
     }
+    let waits = sandbox.describe("wait", &[], &[]).start();
     let stop = sandbox.describe("stop", &["-t", "60"], &[]).finish();
     stop.exits_with(0).says_no_error();
+    let waited = waits.finish();
+    waited.exits_with(0).says_no_error();
+    assert_eq!(waited.text(), "7\n");
     assert_eq!(lasting.finish().status, 137, "what still runs is killed, and that is heard");
     assert_eq!(follows.hear(), "stopped");
     let followed = follows.finish();
@@ -223,9 +234,9 @@ fn further_commands_run_beside_the_first_with_streams_status_and_terminal_of_the
 fn a_detached_sandbox_has_logs_and_one_that_does_not_listen_is_killed() {
     let name = format!("test-detached-{}", std::process::id());
     let runtime = tempfile::tempdir().unwrap();
-    let oriel = |args: &[&str]| {
-        Oriel::command(args).env("XDG_RUNTIME_DIR", runtime.path()).timeout(SLOW).finish()
-    };
+    let describe =
+        |args: &[&str]| Oriel::command(args).env("XDG_RUNTIME_DIR", runtime.path()).timeout(SLOW);
+    let oriel = |args: &[&str]| describe(args).finish();
     let script =
         "trap 'echo no' TERM; echo out; echo error >&2; head -c 3000000 /dev/zero; echo end
         while :; do sleep 0.1; done";
@@ -239,9 +250,14 @@ fn a_detached_sandbox_has_logs_and_one_that_does_not_listen_is_killed() {
         assert!(Instant::now() < deadline);
         thread::sleep(Duration::from_millis(100));
     }
+    let waits = describe(&["wait", &name]).start();
+    thread::sleep(Duration::from_millis(500));
     let start = Instant::now();
     oriel(&["stop", "-t", "1", &name]).exits_with(0).says_no_error();
     assert!(start.elapsed() > Duration::from_secs(1), "it was asked first");
+    let waited = waits.finish();
+    waited.exits_with(0).says_no_error();
+    assert_eq!(waited.text(), "137\n");
     let logs = oriel(&["logs", &name]);
     logs.exits_with(0);
     assert!((900_000..2_200_000).contains(&logs.stdout.len()), "{}", logs.stdout.len());
@@ -250,6 +266,95 @@ fn a_detached_sandbox_has_logs_and_one_that_does_not_listen_is_killed() {
     oriel(&["rm", &name]).exits_with(0).says_no_error();
     oriel(&["logs", &name]).refuses(125, &["no logs", &name]);
     oriel(&["rm", &name]).refuses(125, &["nothing left", &name]);
+}
+
+#[test]
+fn a_detached_sandbox_whose_command_never_starts_is_told_and_leaves_nothing() {
+    let name = format!("test-never-{}", std::process::id());
+    let runtime = tempfile::tempdir().unwrap();
+    let directory = match rustix::process::geteuid().is_root() {
+        true => PathBuf::from("/run/oriel"),
+        false => runtime.path().join("oriel"),
+    };
+    let files = || -> Vec<String> {
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+        names.filter(|file| file.starts_with(&name)).collect()
+    };
+    let detached = || {
+        let run = Oriel::run(&["-d", "--name", &name]).default_console().timeout(SLOW);
+        run.env("XDG_RUNTIME_DIR", runtime.path())
+    };
+    let outcome = detached().guest(&["no-such-command"]).finish();
+    outcome.refuses(127, &["\"no-such-command\"", "not found"]);
+    assert_eq!(files(), [""; 0]);
+    let outcome = detached().args(&["-u", "nobody-here"]).guest(&["true"]).finish();
+    outcome.refuses(125, &["nobody-here"]);
+    assert_eq!(files(), [""; 0]);
+
+    // Whoever interrupts it, or the one who waits for it, ends it.
+    let there = || {
+        let deadline = Instant::now() + SLOW;
+        while !files().iter().any(|file| file.ends_with(".log")) {
+            assert!(Instant::now() < deadline, "its files are there before the guest is");
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let start = detached().guest(&["sleep", "1000"]).start();
+    there();
+    start.signal(Signal::TERM);
+    let outcome = start.finish();
+    outcome.exits_with(143);
+    outcome.check(outcome.stdout.is_empty(), "its name is not told");
+    assert_eq!(files(), [""; 0]);
+    let start = detached().guest(&["sleep", "1000"]).start();
+    there();
+    // The sandbox has its signals in hand a moment after its files are there.
+    thread::sleep(Duration::from_millis(500));
+    start.signal(Signal::KILL);
+    start.finish();
+    let deadline = Instant::now() + SLOW;
+    while !files().is_empty() {
+        assert!(Instant::now() < deadline, "it ends by itself");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn statistics_that_a_detached_sandbox_cannot_write_are_told_in_its_logs() {
+    let name = format!("test-full-{}", std::process::id());
+    let runtime = tempfile::tempdir().unwrap();
+    let oriel = |args: &[&str]| {
+        Oriel::command(args).env("XDG_RUNTIME_DIR", runtime.path()).timeout(SLOW).finish()
+    };
+    let run = Oriel::run(&["-d", "--name", &name, "--stats", "/dev/full"]).default_console();
+    let run = run.env("XDG_RUNTIME_DIR", runtime.path()).script("sleep 1; echo said").finish();
+    run.exits_with(0).says_no_error();
+    let waited = oriel(&["wait", &name]);
+    waited.refuses(125, &["--stats /dev/full"]);
+    let logs = oriel(&["logs", "-f", &name]);
+    assert_eq!(logs.text(), "said\n");
+    logs.check(logs.stderr.contains("oriel: --stats /dev/full"), "the logs say why");
+    oriel(&["rm", &name]).exits_with(0);
+}
+
+#[test]
+fn keys_that_are_typed_before_the_command_runs_end_nothing() {
+    let mut screen = Oriel::run(&["-it"]).guest(&["sh"]).on_terminal(24, 80);
+    // Ctrl-D, while the terminal still cooks.
+    screen.say("\x04");
+    screen.hear("# ");
+    screen.say("echo my$((6*7)); exit 3\n");
+    screen.hear("my42");
+    assert_eq!(screen.finish(), 3);
+    let sandbox = Sandbox::start("keys", &[], &["sleep", "1000"]);
+    let mut screen = sandbox.describe("exec", &["-it"], &["sh"]).on_terminal(24, 80);
+    screen.say("\x04");
+    screen.hear("# ");
+    screen.say("echo my$((6*7)); exit 4\n");
+    screen.hear("my42");
+    assert_eq!(screen.finish(), 4);
+    sandbox.describe("stop", &["-t", "0"], &[]).finish().exits_with(0);
 }
 
 #[test]
@@ -267,13 +372,14 @@ fn a_sandbox_with_another_init_says_that_it_takes_no_commands() {
 
 #[test]
 fn what_names_no_sandbox_is_refused() {
-    for command in [&["exec"][..], &["stop"], &["logs"], &["rm"]] {
+    for command in [&["exec"][..], &["stop"], &["wait"], &["logs"], &["rm"]] {
         let words: &[&str] = if command == ["exec"] { &["true"] } else { &[] };
         let run = |name: &str| Oriel::command(command).args(&[name]).args(words).finish();
         run("no-such-sandbox").refuses(125, &["no-such-sandbox"]);
         run("../etc").refuses(125, &["../etc", "is no name"]);
     }
     Oriel::command(&["exec", "box"]).finish().exits_with(2);
+    Oriel::command(&["exec", "-dt", "box", "ls"]).finish().exits_with(2);
     Oriel::command(&["exec", "-w", "here", "box", "ls"]).finish().refuses(2, &["--workdir"]);
     Oriel::command(&["stop", "-t", "-1", "box"]).finish().exits_with(2);
     Oriel::refused(&["-d"]).guest(&["true"]).finish().exits_with(2);

@@ -7,4 +7,4 @@ mod connect;
 mod session;
 
 pub use self::connect::connect;
-pub use self::session::{Streams, run};
+pub use self::session::{Streams, run, start};

@@ -16,7 +16,7 @@ use oriel_init::frames::{self, Decoder, Frame, Kind, MAX_DATA, MAX_TO_AGENT, MAX
 use oriel_init::protocol::{Exec, FromAgent, FromHost, STDIN_WINDOW};
 use rustix::process::Signal;
 
-use crate::cli::STATUS_SANDBOX;
+use crate::cli;
 use crate::signals::{Patience, Signals, status_of};
 use crate::stdio;
 use crate::terminal::{self, RawTerminal};
@@ -46,11 +46,7 @@ pub fn run(
     streams: Streams,
     signals: Option<Signals>,
 ) -> Result<u8> {
-    let mut request = Vec::new();
-    frames::put_message(&mut request, exec);
-    if request.len() - frames::HEADER > MAX_TO_AGENT {
-        bail!("the command and its environment are longer than {} KiB", MAX_TO_AGENT >> 10);
-    }
+    let request = request(exec)?;
     let (sender, to_send) = sync_channel(QUEUE);
     let writer = stream.try_clone().context("socket")?;
     spawn("sender", move || send_all(writer, &to_send))?;
@@ -62,23 +58,52 @@ pub fn run(
         let terminal = exec.terminal;
         spawn("signals", move || forward_signals(&signals, &sender, &shared, terminal))?;
     }
-    if let Some(stdin) = streams.stdin {
-        let (sender, shared) = (sender.clone(), shared.clone());
-        spawn("stdin", move || forward_input(&stdin, &sender, &shared))?;
-    }
-    let raw = exec.terminal && exec.stdin;
     let mut session = Session {
         sender,
         shared,
         stdout: streams.stdout,
         stderr: streams.stderr,
-        raw,
+        stdin: streams.stdin,
         stdout_closed: false,
         stderr_closed: false,
+        until: Until::Ended,
     };
+    if !exec.terminal {
+        session.forward_input()?;
+    }
     let status = session.listen(stream);
     session.shared.cook();
     status
+}
+
+/// Starts a command over `stream` and lets it run: its input is at its end, and nobody reads its output. Returns 0, or
+/// the status of a refusal.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn start(mut stream: UnixStream, exec: &Exec, streams: Streams) -> Result<u8> {
+    stream.write_all(&request(exec)?).context("the sandbox ended")?;
+    let mut session = Session {
+        sender: sync_channel(QUEUE).0,
+        shared: Arc::new(Shared::default()),
+        stdout: streams.stdout,
+        stderr: streams.stderr,
+        stdin: None,
+        stdout_closed: false,
+        stderr_closed: false,
+        until: Until::Started,
+    };
+    session.listen(stream)
+}
+
+fn request(exec: &Exec) -> Result<Vec<u8>> {
+    let mut request = Vec::new();
+    frames::put_message(&mut request, exec);
+    if request.len() - frames::HEADER > MAX_TO_AGENT {
+        bail!("the command and its environment are longer than {} KiB", MAX_TO_AGENT >> 10);
+    }
+    Ok(request)
 }
 
 /// What the threads of a session share.
@@ -132,14 +157,25 @@ impl Shared {
     }
 }
 
+/// For how long the guest is heard.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// The command runs.
+    Started,
+    /// It has ended.
+    Ended,
+}
+
 /// The thread that hears the guest.
 struct Session {
     sender: SyncSender<Vec<u8>>,
     shared: Arc<Shared>,
     stdout: OwnedFd,
     stderr: OwnedFd,
-    /// The user's terminal is to be raw.
-    raw: bool,
+    /// Standard input that is not forwarded yet: keys that are typed before the user's terminal is raw mean something
+    /// else, as Ctrl-D does.
+    stdin: Option<OwnedFd>,
+    until: Until,
     /// Nobody reads this output any more, and the command was told.
     stdout_closed: bool,
     stderr_closed: bool,
@@ -173,15 +209,13 @@ impl Session {
             Kind::Stdout => self.write(&frame.bytes, false)?,
             Kind::Stderr => self.write(&frame.bytes, true)?,
             Kind::Message => match frame.message().context("the sandbox sends")? {
-                FromAgent::Started => self.started(),
+                FromAgent::Started if self.until == Until::Started => return Ok(Some(0)),
+                FromAgent::Started => self.started()?,
                 FromAgent::Room { bytes } => self.shared.add_room(bytes)?,
                 FromAgent::Exited { status } => return Ok(Some(status)),
                 FromAgent::Refused { status, message } => {
                     self.shared.cook();
-                    eprintln!("oriel: {}", printable(&message));
-                    // Others mean something else.
-                    let known = [STATUS_SANDBOX, 126, 127].contains(&status);
-                    return Ok(Some(if known { status } else { STATUS_SANDBOX }));
+                    return Ok(Some(cli::refused(status, &message)));
                 }
             },
             Kind::Stdin | Kind::Console => bail!("the sandbox sends what is no output"),
@@ -189,14 +223,21 @@ impl Session {
         Ok(None)
     }
 
-    fn started(&mut self) {
-        if !std::mem::take(&mut self.raw) {
-            return;
+    /// The command runs, and what is typed from now on is for it.
+    fn started(&mut self) -> Result<()> {
+        if self.stdin.is_some() {
+            match RawTerminal::enter() {
+                Ok(raw) => *self.shared.terminal() = Some(raw),
+                Err(error) => log::warn!("{error:#}"),
+            }
         }
-        match RawTerminal::enter() {
-            Ok(raw) => *self.shared.terminal() = Some(raw),
-            Err(error) => log::warn!("{error:#}"),
-        }
+        self.forward_input()
+    }
+
+    fn forward_input(&mut self) -> Result<()> {
+        let Some(stdin) = self.stdin.take() else { return Ok(()) };
+        let (sender, shared) = (self.sender.clone(), self.shared.clone());
+        spawn("stdin", move || forward_input(&stdin, &sender, &shared))
     }
 
     fn write(&mut self, bytes: &[u8], error: bool) -> Result<()> {
@@ -288,15 +329,6 @@ fn forward_signals(
             }
         }
     }
-}
-
-/// A line of the guest's as it may be printed: without what a terminal would obey.
-fn printable(text: &str) -> String {
-    let escape = |character: char| match character.is_control() {
-        true => character.escape_default().to_string(),
-        false => character.to_string(),
-    };
-    text.chars().map(escape).collect()
 }
 
 #[cfg(test)]
@@ -476,13 +508,12 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_has_a_status_that_means_one_and_is_printable() {
+    fn a_refusal_has_a_status_that_means_one() {
         for (status, expected) in [(125, 125), (126, 126), (127, 127), (0, 125), (3, 125)] {
             let run = run_with(None, move |mut agent| {
                 agent.say(&FromAgent::Refused { status, message: "no".into() });
             });
             assert_eq!(run.status.unwrap(), expected);
         }
-        assert_eq!(printable("a\x1b[2J\nü\u{9b}"), "a\\u{1b}[2J\\nü\\u{9b}");
     }
 }

@@ -2,13 +2,16 @@
 
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+};
 
 use super::STATUS_SANDBOX;
-use crate::signals::status_of;
+use crate::signals::{Signals, status_of};
 
 /// In the environment of the process that is the sandbox.
 const MARK: &str = "ORIEL_DETACHED";
@@ -18,8 +21,8 @@ pub fn is_sandbox() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
-/// Starts this program again, to be the sandbox, and waits until its command runs: then the name is printed.
-/// Returns the exit status.
+/// Starts this program again, to be the sandbox, and waits until its command runs: then the name is printed. The
+/// user's signals are for the sandbox up to then, which they end. Returns the exit status.
 ///
 /// # Errors
 ///
@@ -34,6 +37,7 @@ pub fn start() -> Result<u8> {
         .stdout(Stdio::piped())
         .spawn()
         .context("--detach: /proc/self/exe")?;
+    forward_signals(&sandbox)?;
     let mut said = Vec::new();
     if let Some(stdout) = &mut sandbox.stdout {
         stdout.read_to_end(&mut said).context("--detach")?;
@@ -47,28 +51,46 @@ pub fn start() -> Result<u8> {
     Ok(code.or(status.signal().map(status_of)).unwrap_or(STATUS_SANDBOX))
 }
 
-/// In the sandbox: leaves the session of whoever has started it.
+/// Hands the user's signals to the sandbox, on a thread that ends with this process.
+fn forward_signals(sandbox: &Child) -> Result<()> {
+    let signals = Signals::new()?;
+    let process = pidfd_open(Pid::from_child(sandbox), PidfdFlags::empty()).context("--detach")?;
+    let forward = move || {
+        while let Ok(numbers) = signals.wait() {
+            let ends = numbers.into_iter().filter_map(Signal::from_named_raw);
+            for signal in ends.filter(|signal| *signal != Signal::WINCH) {
+                // It may have ended by itself.
+                let _ = pidfd_send_signal(&process, signal);
+            }
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(forward).context("thread")?;
+    Ok(())
+}
+
+/// In the sandbox: leaves the session of whoever has started it, and ends when that process ends before
+/// [`release`].
 ///
 /// # Errors
 ///
 /// The host's.
 pub fn leave_session() -> Result<()> {
-    rustix::process::setsid().context("--detach").map(drop)
+    rustix::process::setsid().context("--detach")?;
+    set_parent_process_death_signal(Some(Signal::TERM)).context("--detach")
 }
 
 /// In the sandbox: says that it runs, and is alone from then on.
-pub fn release(name: &str) {
-    let released = (|| -> Result<()> {
-        let mut stdout = std::io::stdout();
-        writeln!(stdout, "{name}").and_then(|()| stdout.flush())?;
-        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        rustix::stdio::dup2_stdin(&null)?;
-        rustix::stdio::dup2_stdout(&null)?;
-        rustix::stdio::dup2_stderr(&null)?;
-        Ok(())
-    })();
-    if let Err(error) = released {
-        // Whoever waits for us waits on.
-        log::error!("--detach: {error:#}");
-    }
+///
+/// # Errors
+///
+/// When nobody waits to hear it: then nobody wants the sandbox.
+pub fn release(name: &str) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "{name}").and_then(|()| stdout.flush()).context("standard output")?;
+    set_parent_process_death_signal(None)?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
 }

@@ -26,6 +26,10 @@ pub struct ExecArgs {
     #[arg(short, long)]
     tty: bool,
 
+    /// Return once the command runs, which goes on by itself: its input is at its end, and nobody reads its output
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    detach: bool,
+
     /// Set an environment variable; NAME alone takes the host's value
     #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
     env: Vec<String>,
@@ -50,6 +54,7 @@ const EXAMPLES: &str = "\
 Examples:
   oriel exec box ps
   oriel exec -it box sh
+  oriel exec -d box sh -c 'exec server >/src/log 2>&1'
   tar -c . | oriel exec -i -w /src box tar -x
 
 Exit status: the command's own; 128+N when signal N killed it; 127 when it was not found, 126 when it
@@ -68,7 +73,11 @@ pub fn exec(args: &ExecArgs) -> Result<u8> {
     let stdout = duplicate(rustix::stdio::stdout())?;
     let stderr = duplicate(rustix::stdio::stderr())?;
     let stream = agent::connect(&args.sandbox)?;
-    agent::run(stream, &exec, Streams { stdin, stdout, stderr }, Some(Signals::new()?))
+    let streams = Streams { stdin, stdout, stderr };
+    match args.detach {
+        true => agent::start(stream, &exec, streams),
+        false => agent::run(stream, &exec, streams, Some(Signals::new()?)),
+    }
 }
 
 /// What the agent is asked for.
@@ -125,6 +134,8 @@ mod tests {
         assert_eq!(exec.args, ["-x"]);
         assert!(exec.env[0].starts_with("TERM=") && exec.env[1] == "TERM=mine");
         assert!(parse(&["box"]).is_err(), "a command is needed");
+        assert!(parse(&["-d", "box", "ls"]).unwrap().detach);
+        assert!(parse(&["-d", "-t", "box", "ls"]).is_err(), "its terminal would be gone at once");
         assert!(parse(&[]).is_err());
     }
 

@@ -11,6 +11,7 @@ mod share;
 mod stop;
 pub mod values;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -20,6 +21,7 @@ use clap_complete::Shell;
 pub use self::run::{RunArgs, UserNamespace};
 pub use self::share::{LiveArg, MemberOptions, ShareOptions};
 pub use self::values::{ConsoleTarget, InitrdSource};
+use crate::terminal::printable;
 
 /// Exit status of a command line that cannot be understood.
 pub const STATUS_USAGE: u8 = 2;
@@ -47,6 +49,7 @@ struct Cli {
 enum Command {
     Run(Box<RunArgs>),
     Exec(exec::ExecArgs),
+    Wait(stop::WaitArgs),
     Ps(ps::PsArgs),
     Logs(logs::LogsArgs),
     Stop(stop::StopArgs),
@@ -81,11 +84,16 @@ pub fn main() -> ExitCode {
         .filter_level(cli.log_level)
         .format_timestamp(None)
         .format_target(false)
+        .format(|out, record| {
+            // What a guest or a file name has put in there included.
+            writeln!(out, "[{:<5}] {}", record.level(), printable(&record.args().to_string()))
+        })
         .init();
     ignore_file_size_limit();
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Exec(args) => exec::exec(&args),
+        Command::Wait(args) => stop::wait(&args),
         Command::Ps(args) => ps::ps(&args),
         Command::Logs(args) => logs::logs(&args),
         Command::Stop(args) => stop::stop(&args),
@@ -104,7 +112,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("oriel: {error:#}");
+            eprintln!("oriel: {}", printable(&format!("{error:#}")));
             let usage = error.downcast_ref::<UsageError>().is_some();
             ExitCode::from(if usage { STATUS_USAGE } else { STATUS_SANDBOX })
         }
@@ -117,6 +125,13 @@ fn ignore_file_size_limit() {
     if let Err(error) = signal_hook::flag::register(rustix::process::Signal::XFSZ.as_raw(), noted) {
         log::warn!("a file larger than `ulimit -f` will end the sandbox: {error}");
     }
+}
+
+/// Says why a guest did not start a command, and returns the exit status of that.
+pub fn refused(status: u8, message: &str) -> u8 {
+    eprintln!("oriel: {}", printable(message));
+    // Others mean something else.
+    if [STATUS_SANDBOX, 126, 127].contains(&status) { status } else { STATUS_SANDBOX }
 }
 
 /// Options that contradict each other: found after parsing, but still a wrong command line.

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
@@ -56,6 +58,14 @@ fn names_at(directory: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// A sandbox has heard what was asked, and does not do it.
+#[derive(Debug, thiserror::Error)]
+#[error("sandbox {name:?}: {why}")]
+pub struct Refused {
+    name: String,
+    why: String,
+}
+
 /// A connection to a sandbox that runs.
 pub struct Connection {
     name: String,
@@ -73,6 +83,11 @@ impl Connection {
         Self::open_at(&directory()?, name)
     }
 
+    #[cfg(test)]
+    pub(crate) fn of(stream: UnixStream) -> Self {
+        Self { name: "box".into(), stream: BufReader::new(stream) }
+    }
+
     fn open_at(directory: &Path, name: &str) -> Result<Self> {
         let path = socket_path(directory, name);
         let stream = UnixStream::connect(&path).map_err(|error| match error.kind() {
@@ -86,13 +101,13 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Waits no longer for an answer.
+    /// Waits no longer for an answer, or for ever.
     ///
     /// # Errors
     ///
     /// The host's.
-    pub fn waits(&mut self, patience: Duration) -> Result<()> {
-        self.stream.get_ref().set_read_timeout(Some(patience)).context("socket")
+    pub fn waits(&mut self, patience: impl Into<Option<Duration>>) -> Result<()> {
+        self.stream.get_ref().set_read_timeout(patience.into()).context("socket")
     }
 
     /// Asks, and hears the answer.
@@ -114,7 +129,7 @@ impl Connection {
         }
         match serde_json::from_str(&line).with_context(|| format!("sandbox {name:?}"))? {
             Reply::Ok(value) => Ok(value),
-            Reply::Error(why) => bail!("sandbox {name:?}: {why}"),
+            Reply::Error(why) => Err(Refused { name: name.clone(), why }.into()),
         }
     }
 
@@ -129,15 +144,36 @@ impl Connection {
             .with_context(|| format!("sandbox {:?} is of another version", self.name))
     }
 
-    /// The process that runs it, whatever becomes of its number. It runs still when it answers afterwards.
+    /// The process that runs it, whatever becomes of its number. To be called before anything is asked.
     ///
     /// # Errors
     ///
-    /// When it has ended.
+    /// When it has ended, or has no place for us.
     pub fn process(&self) -> Result<OwnedFd> {
-        let peer = socket_peercred(self.stream.get_ref()).context("socket")?;
-        pidfd_open(peer.pid, PidfdFlags::empty())
-            .with_context(|| format!("sandbox {:?} ended", self.name))
+        let stream = self.stream.get_ref();
+        let peer = socket_peercred(stream).context("socket")?;
+        let ended = || format!("sandbox {:?} ended", self.name);
+        let process = pidfd_open(peer.pid, PidfdFlags::empty()).with_context(ended)?;
+        // The other end is still there, and it is nobody else's: so the number was not another's yet.
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(stream, &mut [0], flags) {
+            Err(Errno::AGAIN) => Ok(process),
+            // What is said without a question is why nothing is listened to.
+            Ok((_, 1..)) => Err(self.refusal()),
+            _ => bail!(ended()),
+        }
+    }
+
+    /// Why the sandbox has spoken first.
+    fn refusal(&self) -> anyhow::Error {
+        let mut line = String::new();
+        let heard = self.stream.get_ref().try_clone().map(BufReader::new);
+        let heard = heard.and_then(|mut stream| stream.read_line(&mut line));
+        let name = self.name.clone();
+        match (heard, serde_json::from_str(&line)) {
+            (Ok(_), Ok(Reply::Error(why))) => Refused { name, why }.into(),
+            _ => anyhow!("sandbox {name:?} does not speak our language"),
+        }
     }
 }
 

@@ -73,6 +73,8 @@ pub enum Request {
     Metrics {},
     /// What the sandbox is, and how far it has come.
     Status {},
+    /// Wait for the sandbox's end, which is the answer: `{"status": …}`.
+    Wait {},
     /// End the command, as SIGTERM to the sandbox's process does.
     Stop {},
     /// Send the command, and those it has started, this signal of Linux, now or when it is started.
@@ -234,6 +236,7 @@ mod tests {
             (Request::Stats {}, "stats"),
             (Request::Metrics {}, "metrics"),
             (Request::Status {}, "status"),
+            (Request::Wait {}, "wait"),
             (Request::Stop {}, "stop"),
         ] {
             assert_eq!(serde_json::to_value(request).unwrap(), json!({ "request": name }));

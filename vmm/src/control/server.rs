@@ -8,11 +8,13 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use serde_json::Value;
 
 use super::{MAX_LINE, Reply, Request, hold, socket_path};
@@ -25,12 +27,31 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// After an `accept` that failed: the process has no file descriptor left, and perhaps soon has.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
 
-/// Answers a request. Called by a thread for each client, several at a time.
-pub type Handler = dyn Fn(Request) -> Result<Value, String> + Send + Sync;
+/// Answers a request. Called by a thread for each client, several at a time. One that may wait for long asks now and
+/// then whether the client is gone, and gives up then.
+pub type Handler = dyn Fn(Request, &dyn Fn() -> bool) -> Result<Value, String> + Send + Sync;
 
 /// A sandbox's socket. It is there as long as this value, whatever state the sandbox is in; dropping it takes
 /// it out of the file system.
-pub struct ControlSocket(ListeningSocket);
+pub struct ControlSocket {
+    socket: ListeningSocket,
+    clients: Arc<Clients>,
+}
+
+/// Those who are connected.
+#[derive(Default)]
+struct Clients {
+    count: AtomicUsize,
+    /// How many requests have no reply yet.
+    busy: Mutex<usize>,
+    replied: Condvar,
+}
+
+impl Clients {
+    fn busy(&self) -> MutexGuard<'_, usize> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl ControlSocket {
     /// Makes the socket of the sandbox `name` in `directory`, which is made when it is not there. Who connects
@@ -50,7 +71,13 @@ impl ControlSocket {
             }
             false => error,
         })?;
-        Ok(Self(socket))
+        Ok(Self { socket, clients: Arc::default() })
+    }
+
+    /// Waits until all requests have their reply, at most for `patience`.
+    pub fn finish(&self, patience: Duration) {
+        let busy = self.clients.busy();
+        drop(self.clients.replied.wait_timeout_while(busy, patience, |busy| *busy > 0));
     }
 
     /// Answers whoever connects by `handler`, from threads, until the process ends.
@@ -59,9 +86,9 @@ impl ControlSocket {
     ///
     /// The host's, when it gives no thread.
     pub fn serve(&self, handler: Arc<Handler>) -> Result<()> {
-        let listener = self.0.listener().try_clone().context("control socket")?;
+        let listener = self.socket.listener().try_clone().context("control socket")?;
+        let clients = self.clients.clone();
         let accept = move || {
-            let clients = Arc::new(AtomicUsize::new(0));
             for stream in listener.incoming() {
                 match stream {
                     Ok(stream) => begin(stream, &clients, &handler),
@@ -95,26 +122,26 @@ fn make_private(directory: &Path) -> Result<()> {
 }
 
 /// Gives a client a thread.
-fn begin(mut stream: UnixStream, clients: &Arc<AtomicUsize>, handler: &Arc<Handler>) {
+fn begin(mut stream: UnixStream, clients: &Arc<Clients>, handler: &Arc<Handler>) {
     let patience = stream.set_read_timeout(Some(PATIENCE));
     if patience.and_then(|()| stream.set_write_timeout(Some(PATIENCE))).is_err() {
         return;
     }
-    if clients.fetch_add(1, Ordering::Relaxed) >= MOST_CLIENTS {
-        clients.fetch_sub(1, Ordering::Relaxed);
+    if clients.count.fetch_add(1, Ordering::Relaxed) >= MOST_CLIENTS {
+        clients.count.fetch_sub(1, Ordering::Relaxed);
         let _ = say(&mut stream, &Reply::Error("too many clients; try again later".into()));
         return;
     }
-    let (left, handler) = (clients.clone(), handler.clone());
+    let (all, handler) = (clients.clone(), handler.clone());
     let body = move || {
-        if let Err(error) = converse(stream, handler.as_ref()) {
+        if let Err(error) = converse(stream, &all, handler.as_ref()) {
             log::debug!("control socket: {error}");
         }
-        left.fetch_sub(1, Ordering::Relaxed);
+        all.count.fetch_sub(1, Ordering::Relaxed);
     };
     if let Err(error) = std::thread::Builder::new().name("control-client".into()).spawn(body) {
         log::warn!("a client of the control socket is not heard: {error}");
-        clients.fetch_sub(1, Ordering::Relaxed);
+        clients.count.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -125,8 +152,14 @@ fn say(stream: &mut UnixStream, reply: &Reply) -> io::Result<()> {
 }
 
 /// Answers line by line, up to the end of what a client says.
-fn converse(mut stream: UnixStream, handler: &Handler) -> io::Result<()> {
+fn converse(mut stream: UnixStream, clients: &Clients, handler: &Handler) -> io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
+    let watched = stream.try_clone()?;
+    let gone = || {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let heard = rustix::net::recv(&watched, &mut [0], flags);
+        !matches!(heard, Ok((_, 1..)) | Err(Errno::AGAIN | Errno::INTR))
+    };
     loop {
         let mut line = Vec::new();
         reader.by_ref().take(MAX_LINE as u64 + 1).read_until(b'\n', &mut line)?;
@@ -140,11 +173,15 @@ fn converse(mut stream: UnixStream, handler: &Handler) -> io::Result<()> {
                 &Reply::Error(format!("a line of more than {MAX_LINE} bytes")),
             );
         }
+        *clients.busy() += 1;
         let reply = match serde_json::from_slice(&line) {
-            Ok(request) => handler(request).map_or_else(Reply::Error, Reply::Ok),
+            Ok(request) => handler(request, &gone).map_or_else(Reply::Error, Reply::Ok),
             Err(error) => Reply::Error(format!("no request: {error}")),
         };
-        say(&mut stream, &reply)?;
+        let said = say(&mut stream, &reply);
+        *clients.busy() -= 1;
+        clients.replied.notify_all();
+        said?;
     }
 }
 
@@ -160,7 +197,13 @@ mod tests {
 
     fn started(directory: &Path) -> ControlSocket {
         let socket = ControlSocket::new(directory, "box").unwrap();
-        let handler = |request| match request {
+        let handler = |request, gone: &dyn Fn() -> bool| match request {
+            Request::Wait {} => {
+                while !gone() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err("nobody listens".into())
+            }
             Request::Stats {} => Ok(json!({ "all": "well" })),
             Request::ShareResize { share, .. } => Err(format!("no share {share}")),
             other => Err(format!("not here: {other:?}")),
@@ -184,7 +227,7 @@ mod tests {
     fn a_request_is_a_line_and_so_is_the_reply() {
         let directory = tempfile::tempdir().unwrap();
         let socket = started(directory.path());
-        let mut stream = UnixStream::connect(socket.0.path()).unwrap();
+        let mut stream = UnixStream::connect(socket.socket.path()).unwrap();
         let mut heard = BufReader::new(stream.try_clone().unwrap()).lines();
         // Two at once, and one in pieces.
         stream.write_all(b"{\"request\":\"stats\"}\n{\"request\":\"stats\"}\n{\"req").unwrap();
@@ -215,36 +258,57 @@ mod tests {
             (b"{\"request\":\"share-resize\",\"share\":7,\"size\":1}\n", "string"),
             (b"{\"request\":\"stats\",\"more\":1}\n", "more"),
         ] {
-            let said = ask(socket.0.path(), words);
+            let said = ask(socket.socket.path(), words);
             let hinted = said.contains(hint) || hint == "size" && said.contains("u64");
             assert!(said.starts_with("{\"error\":\"no request: ") && hinted, "{said}");
         }
         let deep = [&b"{\"x\":"[..], &[b'['; 10_000], b"\n"].concat();
-        assert!(ask(socket.0.path(), &deep).contains("recursion"));
+        assert!(ask(socket.socket.path(), &deep).contains("recursion"));
         let long = vec![b' '; MAX_LINE + 1];
-        assert!(ask(socket.0.path(), &long).contains("more than 65536"));
+        assert!(ask(socket.socket.path(), &long).contains("more than 65536"));
         // A client that ends in the middle of a line, and one that does not listen.
-        drop(UnixStream::connect(socket.0.path()).unwrap().write_all(b"{"));
-        drop(UnixStream::connect(socket.0.path()).unwrap().write_all(b"{\"request\":\"stats\"}\n"));
-        assert!(ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well"));
+        drop(UnixStream::connect(socket.socket.path()).unwrap().write_all(b"{"));
+        drop(
+            UnixStream::connect(socket.socket.path())
+                .unwrap()
+                .write_all(b"{\"request\":\"stats\"}\n"),
+        );
+        assert!(ask(socket.socket.path(), b"{\"request\":\"stats\"}\n").contains("well"));
     }
 
     #[test]
     fn silent_clients_do_not_keep_others_from_an_answer() {
         let directory = tempfile::tempdir().unwrap();
         let socket = started(directory.path());
-        let connect = || UnixStream::connect(socket.0.path()).unwrap();
+        let connect = || UnixStream::connect(socket.socket.path()).unwrap();
         let silent: Vec<_> = (1..MOST_CLIENTS).map(|_| connect()).collect();
-        assert!(ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well"));
+        assert!(ask(socket.socket.path(), b"{\"request\":\"stats\"}\n").contains("well"));
         // One of the two finds the last place taken, unless the client before has not left it yet.
         let one_more = connect();
-        let said = ask(socket.0.path(), b"{\"request\":\"stats\"}\n");
+        let said = ask(socket.socket.path(), b"{\"request\":\"stats\"}\n");
         assert!(said.contains("too many clients") || said.contains("well"), "{said}");
         drop((silent, one_more));
         let start = std::time::Instant::now();
-        while !ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well") {
+        while !ask(socket.socket.path(), b"{\"request\":\"stats\"}\n").contains("well") {
             assert!(start.elapsed().as_secs() < 10, "the others are gone");
         }
+    }
+
+    #[test]
+    fn who_waits_and_goes_leaves_no_thread_and_replies_are_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = started(directory.path());
+        let mut waits = UnixStream::connect(socket.socket.path()).unwrap();
+        waits.write_all(b"{\"request\":\"wait\"}\n").unwrap();
+        while *socket.clients.busy() == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let start = std::time::Instant::now();
+        socket.finish(Duration::from_millis(50));
+        assert!(start.elapsed() >= Duration::from_millis(50) && *socket.clients.busy() == 1);
+        drop(waits);
+        socket.finish(Duration::from_secs(60));
+        assert_eq!(*socket.clients.busy(), 0);
     }
 
     #[test]
@@ -253,8 +317,8 @@ mod tests {
         let directory = parent.path().join("oriel");
         let socket = ControlSocket::new(&directory, "box").unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&directory), mode(socket.0.path())), (0o700, 0o600));
-        let path = socket.0.path().to_owned();
+        assert_eq!((mode(&directory), mode(socket.socket.path())), (0o700, 0o600));
+        let path = socket.socket.path().to_owned();
         let taken = ControlSocket::new(&directory, "box").err().unwrap();
         assert!(taken.to_string().contains("runs already"), "{taken:#}");
         assert!(ControlSocket::new(&directory, "other").is_ok());
@@ -270,7 +334,7 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(client::ask_at(directory.path(), "box", &Request::Stats {}).is_err());
         let socket = started(directory.path());
-        assert!(ask(socket.0.path(), b"{\"request\":\"stats\"}\n").contains("well"));
+        assert!(ask(socket.socket.path(), b"{\"request\":\"stats\"}\n").contains("well"));
         drop(socket);
         fs::write(&path, "mine").unwrap();
         let error = ControlSocket::new(directory.path(), "box").err().unwrap();

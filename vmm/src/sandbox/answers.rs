@@ -1,9 +1,9 @@
 //! What a sandbox answers on its control socket, and what it says of itself there.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use oriel_init::protocol::{FromHost, LAST_SIGNAL};
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,45 @@ impl Progress {
         let is = |state: &State| *state as u8 == self.0.load(Ordering::Acquire);
         let known = [State::Booting, State::Running, State::Ending];
         known.into_iter().find(is).unwrap_or(State::Ending)
+    }
+}
+
+/// How a sandbox ended, for those who wait for it.
+#[derive(Default)]
+pub struct Ending {
+    status: Mutex<Option<Result<u8, String>>>,
+    known: Condvar,
+}
+
+/// What is told by [`Request::Wait`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// What `oriel run` exits with.
+    pub status: u8,
+}
+
+/// How often is looked whether somebody still waits.
+const STILL_THERE: Duration = Duration::from_secs(1);
+
+impl Ending {
+    /// It ended with this status, or broke down.
+    pub fn set(&self, status: Result<u8, String>) {
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+        self.known.notify_all();
+    }
+
+    fn wait(&self, gone: &dyn Fn() -> bool) -> Result<Ended, String> {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(status) = status.clone() {
+                return status.map(|status| Ended { status });
+            }
+            if gone() {
+                return Err("nobody waits".into());
+            }
+            let waited = self.known.wait_timeout(status, STILL_THERE);
+            (status, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 }
 
@@ -97,6 +136,8 @@ pub struct Answers {
     pub about: About,
     /// How far it is.
     pub progress: Arc<Progress>,
+    /// How it ended.
+    pub ending: Arc<Ending>,
     /// Its shares.
     pub shares: Arc<Shares>,
     /// To the main thread.
@@ -106,13 +147,14 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// Does what a client of the control socket asks. Called by many threads at once.
+    /// Does what a client of the control socket asks, which may be `gone`. Called by many threads at once.
     ///
     /// # Errors
     ///
     /// Why not, in a line.
-    pub fn answer(&self, request: Request) -> Result<Value, String> {
+    pub fn answer(&self, request: Request, gone: &dyn Fn() -> bool) -> Result<Value, String> {
         match request {
+            Request::Wait {} => value(&self.ending.wait(gone)?),
             Request::ShareResize { share, size } => value(&self.shares.resize(&share, size)?),
             Request::ShareAdd { host, path, options } => {
                 value(&self.shares.live()?.add(&host, &path, &options)?)
@@ -171,6 +213,7 @@ pub(super) fn value(of: &impl Serialize) -> Result<Value, String> {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
+    use std::thread;
 
     use vmm_sys_util::eventfd::EventFd;
 
@@ -191,11 +234,13 @@ mod tests {
                 vsock: None,
             },
             progress: Arc::new(Progress::new(State::Booting)),
+            ending: Arc::default(),
             shares: Arc::new(shares()),
             notifier: Notifier::new(sender, wake.clone()),
             link: None,
         };
-        let status = answers.answer(Request::Status {}).unwrap();
+        let answer = |request| answers.answer(request, &|| false);
+        let status = answer(Request::Status {}).unwrap();
         assert_eq!(status["state"], "booting");
         assert_eq!((&status["cpus"], &status["memory"]), (&json!(2), &json!(1u64 << 30)));
         assert_eq!(status["command"], json!(["make", "-j2"]));
@@ -206,20 +251,28 @@ mod tests {
         assert!(!back.agent);
         for state in [State::Running, State::Ending] {
             answers.progress.set(state);
-            let status = answers.answer(Request::Status {}).unwrap();
+            let status = answer(Request::Status {}).unwrap();
             assert_eq!(status["state"], value(&state).unwrap());
         }
-        let text = answers.answer(Request::Metrics {}).unwrap();
+        let text = answer(Request::Metrics {}).unwrap();
         assert!(text["openmetrics"].as_str().unwrap().ends_with("# EOF\n"));
-        assert!(answers.answer(Request::Stats {}).unwrap()["shares"].is_array());
-        assert_eq!(answers.answer(Request::Stop {}), Ok(json!({})));
+        assert!(answer(Request::Stats {}).unwrap()["shares"].is_array());
+        assert_eq!(answer(Request::Stop {}), Ok(json!({})));
         assert_eq!(events.try_recv(), Ok(Event::StopAsked));
         assert_eq!(wake.read().unwrap(), 1);
         for (number, hint) in
             [(9, "--initrd"), (0, "signal 0"), (65, "signal 65"), (-9, "signal -9")]
         {
-            let error = answers.answer(Request::Signal { number }).unwrap_err();
+            let error = answer(Request::Signal { number }).unwrap_err();
             assert!(error.contains(hint), "{error}");
         }
+        assert!(answers.answer(Request::Wait {}, &|| true).is_err(), "nobody waits any more");
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| answer(Request::Wait {}));
+            answers.ending.set(Ok(7));
+            assert_eq!(waits.join().unwrap(), Ok(json!({ "status": 7 })));
+        });
+        answers.ending.set(Err("broke down".into()));
+        assert_eq!(answer(Request::Wait {}), Err("broke down".into()));
     }
 }

@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::path::{self, Path};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use devices::dax::{DaxWindow, Window};
@@ -32,8 +32,8 @@ use oriel_init::frames::Kind;
 use oriel_init::protocol::{Dax, FromGuest};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::answers::{About, Answers};
-pub use self::answers::{State, Status};
+use self::answers::{About, Answers, Ending};
+pub use self::answers::{Ended, State, Status};
 use self::identity::Identity;
 use self::link::{Link, Sink, forward_input};
 use self::live::Live;
@@ -78,6 +78,8 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let since = Instant::now();
     let shares = plan::shares(args)?;
     let live = plan::live(args, &shares)?;
+    // Before there is anything that would be left behind.
+    let signals = Signals::new()?;
     // Before this user is another one.
     let named = args.name.as_deref().map(|name| Named::new(name, args)).transpose()?;
     // Before all that starts a thread.
@@ -147,6 +149,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     drop(image);
     let state = if foreign { State::Running } else { State::Booting };
     let state = Arc::new(answers::Progress::new(state));
+    let ending = Arc::new(Ending::default());
     if let (Some(named), Some(name)) = (&named, &args.name) {
         let about = About {
             name: name.clone(),
@@ -157,12 +160,15 @@ pub fn run(args: &RunArgs) -> Result<u8> {
             vsock: vsock_socket.map(|socket| path::absolute(socket.path())).transpose()?,
         };
         let (progress, shares, notifier) = (state.clone(), running.clone(), notifier.clone());
-        let answers = Answers { about, progress, shares, notifier, link: link.clone() };
-        named.control.serve(Arc::new(move |request| answers.answer(request)))?;
+        let ending = ending.clone();
+        let answers = Answers { about, progress, ending, shares, notifier, link: link.clone() };
+        named.control.serve(Arc::new(move |request, gone| answers.answer(request, gone)))?;
     }
 
+    let mut keyboard = None;
     match &link {
         _ if !args.interactive => {}
+        Some(link) if args.tty => keyboard = Some(Sink::Port(link.stdin.clone())),
         Some(link) => forward_input(Sink::Port(link.stdin.clone()))?,
         None => forward_input(Sink::Serial(machine.serial().clone()))?,
     }
@@ -170,35 +176,46 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         wake,
         events,
         notifier,
-        signals: Signals::new()?,
+        signals,
         link,
         vsock,
         progress,
         state,
         outcome: Outcome::default(),
         detach_as: args.name.clone().filter(|_| args.detach),
+        log: named.as_ref().map(|named| named.log.clone()),
         terminal: args.tty,
         raw: None,
         interactive: args.interactive,
+        keyboard,
         draining: false,
     };
     supervisor.resize();
     if foreign {
         // It does not say when it is ready.
-        supervisor.detach();
+        supervisor.detach()?;
     }
     let outcome = supervisor.wait()?;
     machine.stop();
     let status = outcome.status(foreign, &tail);
-    if let (Err(error), Some(named)) = (&status, named.as_ref().filter(|_| args.detach)) {
-        // Nobody else hears of it.
-        named.log.write(Kind::Stderr, format!("oriel: {error:#}\n").as_bytes());
-    }
-    if let Some(stats) = stats {
-        stats.write(&running)?;
+    let written = stats.map_or(Ok(()), |stats| stats.write(&running));
+    // How the sandbox broke down matters more than what was counted up to then.
+    let status = status.and_then(|status| written.map(|()| status));
+    let told = status.as_ref().map(|status| *status);
+    let told = told.map_err(|error| terminal::printable(&format!("{error:#}")));
+    if let Some(named) = &named {
+        if let (Err(error), true) = (&told, outcome.detached) {
+            // Nobody else hears of it.
+            named.log.write(Kind::Stderr, format!("oriel: {error}\n").as_bytes());
+        }
+        ending.set(told);
+        named.control.finish(LAST_ANSWERS);
     }
     status
 }
+
+/// How long those who wait for the sandbox's end may take to hear of it.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// How many files one share may hold open, so that all together leave the process some.
 struct FileLimits {
@@ -236,7 +253,7 @@ impl Named {
         let vsock =
             path.map(|path| ListeningSocket::new(&path)).transpose().with_context(option)?;
         let path = control::log_path(&directory, name);
-        let log = Arc::new(Log::create(&path, args.detach).with_context(option)?);
+        let log = Arc::new(Log::create(&path).with_context(option)?);
         Ok(Self { log, control, vsock })
     }
 }

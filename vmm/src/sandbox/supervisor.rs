@@ -13,10 +13,11 @@ use oriel_init::protocol::{FromGuest, FromHost};
 use rustix::process::Signal;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::link::Link;
+use super::link::{Link, Sink, forward_input};
 use super::streams::{Notifier, Tail};
 use super::{Event, State, answers};
-use crate::cli::{STATUS_SANDBOX, detach};
+use crate::cli::{self, STATUS_SANDBOX, detach};
+use crate::logs::Log;
 use crate::machine::StopReason;
 use crate::signals::{self, Patience, Signals};
 use crate::terminal::{self, RawTerminal};
@@ -38,6 +39,8 @@ pub struct Outcome {
     pub lost_output: Option<String>,
     /// The user's signal that ended it from outside.
     pub killed: Option<i32>,
+    /// Whoever has started this process was left: it has no standard streams.
+    pub detached: bool,
 }
 
 impl Outcome {
@@ -57,13 +60,17 @@ impl Outcome {
         }
         match (&self.message, &self.reason) {
             (Some(FromGuest::Exited { status }), _) => return Ok(*status),
+            (Some(FromGuest::Refused { status, message }), _) => {
+                return Ok(cli::refused(*status, message));
+            }
             (Some(FromGuest::Failed { message }), _) => bail!("{message}"),
             (_, Some(StopReason::PowerOff)) if foreign => return Ok(0),
             _ => {}
         }
         let text = tail.text();
         if !foreign && !text.trim().is_empty() {
-            eprintln!("--- the end of the guest's console ---\n{}\n---", text.trim_end());
+            let lines: Vec<_> = text.trim_end().lines().map(terminal::printable).collect();
+            eprintln!("--- the end of the guest's console ---\n{}\n---", lines.join("\n"));
         }
         match &self.reason {
             Some(StopReason::Crashed(what)) => bail!("the guest cannot go on: {what}"),
@@ -99,11 +106,16 @@ pub struct Supervisor {
     pub outcome: Outcome,
     /// By this name the sandbox goes on by itself once the command runs.
     pub detach_as: Option<String>,
+    /// Where its output goes then.
+    pub log: Option<Arc<Log>>,
     /// The command has a terminal.
     pub terminal: bool,
     /// It reads from the user, whose terminal is then raw while the command runs. Before and after, ^C is a
     /// signal to us.
     pub interactive: bool,
+    /// Where standard input goes once the terminal is raw: keys that are typed before mean something else, as Ctrl-D
+    /// does.
+    pub keyboard: Option<Sink>,
     /// The user's terminal, once it is raw.
     pub raw: Option<RawTerminal>,
     /// The guest is at its end, and its output is on the way.
@@ -133,9 +145,33 @@ impl Supervisor {
     }
 
     /// Leaves whoever has started this process, if that was asked for and was not done yet.
-    pub fn detach(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// When they do not wait for it.
+    pub fn detach(&mut self) -> Result<()> {
         if let Some(name) = self.detach_as.take() {
-            detach::release(&name);
+            detach::release(&name).context("--detach")?;
+            self.outcome.detached = true;
+            if let Some(log) = &self.log {
+                log.keep();
+            }
+        }
+        Ok(())
+    }
+
+    /// The command runs, and what is typed from now on is for it.
+    fn take_keyboard(&mut self) {
+        if self.terminal && self.interactive {
+            match RawTerminal::enter() {
+                Ok(raw) => self.raw = Some(raw),
+                Err(error) => log::warn!("{error:#}"),
+            }
+        }
+        if let Some(sink) = self.keyboard.take()
+            && let Err(error) = forward_input(sink)
+        {
+            log::error!("{error:#}");
         }
     }
 
@@ -192,19 +228,23 @@ impl Watch {
                     supervisor.state.set(State::Running);
                 }
                 supervisor.outcome.message = Some(FromGuest::Started);
-                supervisor.detach();
-                if supervisor.terminal && supervisor.interactive {
-                    match RawTerminal::enter() {
-                        Ok(raw) => supervisor.raw = Some(raw),
-                        Err(error) => log::warn!("{error:#}"),
-                    }
+                if let Err(error) = supervisor.detach() {
+                    log::info!("{error:#}");
+                    supervisor.outcome.killed = Some(Signal::TERM.as_raw());
+                    self.done = true;
+                    return;
                 }
+                supervisor.take_keyboard();
             }
             Event::Guest(message) => {
                 // The first word counts: nothing that the guest says later undoes it.
                 let ended = matches!(
                     supervisor.outcome.message,
-                    Some(FromGuest::Exited { .. } | FromGuest::Failed { .. })
+                    Some(
+                        FromGuest::Exited { .. }
+                            | FromGuest::Refused { .. }
+                            | FromGuest::Failed { .. }
+                    )
                 );
                 if !ended {
                     supervisor.outcome.message = Some(message);

@@ -29,7 +29,7 @@ pub fn serve() -> Result<()> {
     let silent = Listener::bind(SILENT, 128)?;
     thread::spawn(move || {
         let mut held = Vec::new();
-        while let Ok(stream) = silent.accept() {
+        while let Ok((stream, _)) = silent.accept() {
             held.push(stream);
         }
     });
@@ -46,7 +46,7 @@ pub fn serve() -> Result<()> {
 fn listen(port: u32, serve: fn(UnixStream) -> Result<()>) -> Result<()> {
     let listener = Listener::bind(port, 128).with_context(|| format!("port {port}"))?;
     thread::spawn(move || {
-        while let Ok(stream) = listener.accept() {
+        while let Ok((stream, _)) = listener.accept() {
             thread::spawn(move || {
                 if let Err(error) = serve(stream) {
                     eprintln!("port {port}: {error:#}");
