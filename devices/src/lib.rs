@@ -28,4 +28,6 @@ pub mod tree;
 pub mod virtio;
 
 mod budget;
+#[cfg(test)]
+mod costs;
 mod sync;

@@ -163,6 +163,11 @@ impl<'m> GuestBuffer<'m> {
         self.len == 0
     }
 
+    /// Whether any of it is in a DAX window.
+    pub fn touches_window(&self) -> bool {
+        self.segments.iter().any(|segment| segment.may_fault)
+    }
+
     /// Whether some of the `len` bytes at `offset` are in a DAX window.
     pub fn is_in_window(&self, offset: usize, len: usize) -> bool {
         self.range(offset, len).is_ok_and(|mut pieces| pieces.any(|piece| piece.may_fault))
@@ -220,7 +225,8 @@ impl<'m> GuestBuffer<'m> {
     ///
     /// # Errors
     ///
-    /// The host's errno; `EINVAL` when the range is not inside the buffer.
+    /// The host's errno; `EINVAL` when the range is not inside the buffer; with `RWF_NOWAIT`, `EAGAIN` also when
+    /// some bytes were read and the next would have to be waited for.
     pub fn read_from_file(
         &self,
         offset: usize,
@@ -244,7 +250,7 @@ impl<'m> GuestBuffer<'m> {
     ///
     /// # Errors
     ///
-    /// The host's errno; `EINVAL` when the range is not inside the buffer.
+    /// As [`read_from_file`](Self::read_from_file).
     pub fn write_to_file(
         &self,
         offset: usize,
@@ -337,7 +343,8 @@ impl<'m> GuestBuffer<'m> {
                     if error.kind() == io::ErrorKind::Interrupted {
                         continue;
                     }
-                    if done > 0 {
+                    // Who does not wait has to know that there is more: a short count would be the end of the file.
+                    if done > 0 && error.kind() != io::ErrorKind::WouldBlock {
                         break;
                     }
                     return Err(error);

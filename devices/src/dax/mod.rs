@@ -123,6 +123,11 @@ pub trait DaxWindow: Send + Sync {
     /// replies, so it must cost nothing when nothing was lost.
     fn file_may_have_grown(&self) {}
 
+    /// Whether [`file_may_have_grown`](Self::file_may_have_grown) has something to do, for which it asks the host.
+    fn asks_the_host(&self) -> bool {
+        false
+    }
+
     /// What there is to say of the window in numbers.
     fn statistics(&self) -> Statistics {
         Statistics::default()

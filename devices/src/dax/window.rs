@@ -613,8 +613,12 @@ impl DaxWindow for Window {
         drop(before);
     }
 
+    fn asks_the_host(&self) -> bool {
+        self.repaired.load(Ordering::SeqCst)
+    }
+
     fn file_may_have_grown(&self) {
-        if !self.repaired.load(Ordering::SeqCst) {
+        if !self.asks_the_host() {
             return;
         }
         let _one = self.repairing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -46,6 +46,11 @@ impl Session {
             ..caller
         };
         let done = |result: Result<()>| result.map(|()| 0);
+        // Of the caller's node it is known.
+        let answers = |nodeid| match caller.at_once && !fs.answers_at_once(nodeid) {
+            true => Err(Errno::WOULD_WAIT),
+            false => Ok(()),
+        };
         match opcode {
             Opcode::Lookup => self.entry(fs.lookup(caller, body.last_name()?), reply),
             Opcode::Getattr => {
@@ -94,15 +99,18 @@ impl Session {
             Opcode::Rename => {
                 let input: RenameIn = body.take()?;
                 let name = body.name()?;
+                answers(input.newdir)?;
                 done(fs.rename(caller, name, input.newdir, body.last_name()?, 0))
             }
             Opcode::Rename2 => {
                 let input: Rename2In = body.take()?;
                 let name = body.name()?;
+                answers(input.newdir)?;
                 done(fs.rename(caller, name, input.newdir, body.last_name()?, input.flags))
             }
             Opcode::Link => {
                 let input: LinkIn = body.take()?;
+                answers(input.oldnodeid)?;
                 self.entry(fs.link(caller, input.oldnodeid, body.last_name()?), reply)
             }
             Opcode::Open => {

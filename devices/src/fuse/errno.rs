@@ -54,6 +54,10 @@ errnos! {
 }
 
 impl Errno {
+    /// Nothing was done: the caller must not wait ([`Caller::at_once`](super::Caller::at_once)), and it would have to.
+    /// Never answered to a guest, and no errno of any host.
+    pub(crate) const WOULD_WAIT: Errno = Errno(i32::MAX);
+
     /// The largest errno that the kernel takes from a FUSE server (`fuse_dev_do_write`, fs/fuse/dev.c).
     const MAX: i32 = 511;
 

@@ -32,6 +32,10 @@ pub struct Caller {
     pub group: Option<u32>,
     /// The process's umask, where the file system has to apply it to what is made. `None` when the guest has.
     pub umask: Option<u32>,
+    /// The thread must not wait, nor take on anybody's identity: it is a vCPU's. What cannot be done so is left alone
+    /// and answered with [`Errno::WOULD_WAIT`]; another thread then does all of it. Only of nodes that
+    /// [answer at once](FileSystem::answers_at_once).
+    pub at_once: bool,
 }
 
 /// What a file system wants of the session, asked at every INIT.
@@ -135,6 +139,19 @@ pub trait FileSystem: Send + Sync {
     /// not block.
     fn window_has_grown(&self, size: u64) {
         let _ = size;
+    }
+
+    /// Whether what is asked of a node needs nobody who may fail to answer, such as another machine: at most this
+    /// one's memory and disks. Asked before each request that is to be served [`at_once`](Caller::at_once).
+    fn answers_at_once(&self, nodeid: u64) -> bool {
+        let _ = nodeid;
+        false
+    }
+
+    /// The same of all nodes, and for `forgetting` any of them as well.
+    fn all_answer_at_once(&self, forgetting: bool) -> bool {
+        let _ = forgetting;
+        false
     }
 
     /// A session begins or ends: drops every node but the root, and every handle. Node ids and handles that

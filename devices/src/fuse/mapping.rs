@@ -89,6 +89,11 @@ impl Mappings {
         self.window.clear();
     }
 
+    /// See [`DaxWindow::asks_the_host`].
+    pub(super) fn asks_the_host(&self) -> bool {
+        self.window.asks_the_host()
+    }
+
     /// See [`DaxWindow::file_may_have_grown`].
     pub(super) fn file_may_have_grown(&self) {
         self.window.file_may_have_grown();

@@ -24,6 +24,8 @@ pub struct Header {
     pub raw: InHeader,
     /// Bytes after the header that belong to the request.
     pub body: usize,
+    /// See [`Caller::at_once`].
+    pub at_once: bool,
 }
 
 impl Header {
@@ -55,6 +57,7 @@ impl Header {
             pid: self.raw.pid,
             group: None,
             umask: None,
+            at_once: self.at_once,
         }
     }
 
@@ -78,7 +81,7 @@ impl Header {
         if body < limits.least || body > limits.most {
             return Err(Errno::INVAL);
         }
-        Ok((Self { raw, body }, limits))
+        Ok((Self { raw, body, at_once: false }, limits))
     }
 }
 

@@ -55,26 +55,50 @@ impl Session {
         reply: &GuestBuffer<'_>,
         deferral: &dyn Deferral,
     ) -> Served {
-        match self.serve_request(request, reply, Some(deferral)) {
-            Some(len) => Served::Done(len),
-            None => Served::Later,
-        }
+        self.serve_request(request, reply, Some(deferral), false).unwrap_or(Served::Done(0))
+    }
+
+    /// The same for a thread that must not wait, such as a vCPU's. `None` when it would have to: then nothing
+    /// was done, and the request is to be served by [`serve`](Self::serve).
+    pub fn serve_at_once(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: &dyn Deferral,
+    ) -> Option<Served> {
+        self.serve_request(request, reply, Some(deferral), true)
     }
 
     /// Serves one request of the high priority queue, as [`serve`](Self::serve) does, and returns the length
     /// of the reply. Only what has no reply is served: FORGET, BATCH_FORGET and INTERRUPT (virtio 1.3,
     /// 5.11.6.2). All else is `EINVAL`, so that nothing there ever takes long.
     pub fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
-        self.serve_request(request, reply, None).unwrap_or(0)
+        urgent_length(self.serve_request(request, reply, None, false)).unwrap_or(0)
     }
 
-    /// `None` when the request is answered later. Without a `deferral` it is an urgent one.
+    /// As [`serve_urgent`](Self::serve_urgent), for a thread that must not wait: see
+    /// [`serve_at_once`](Self::serve_at_once).
+    pub fn serve_urgent_at_once(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+    ) -> Option<u32> {
+        urgent_length(self.serve_request(request, reply, None, true))
+    }
+
+    /// Without a `deferral` the request is an urgent one. `None`, only for one that is to be served `at_once`, when
+    /// it cannot.
     fn serve_request(
         &self,
         request: &GuestBuffer<'_>,
         reply: &GuestBuffer<'_>,
         deferral: Option<&dyn Deferral>,
-    ) -> Option<u32> {
+        at_once: bool,
+    ) -> Option<Served> {
+        // A page of a file may have to be read before it can be touched.
+        if at_once && (request.touches_window() || reply.touches_window()) {
+            return None;
+        }
         let since = Instant::now();
         // A header that cannot even be read (its window page is gone) is answered without its `unique`.
         let (raw, read) = match read_raw_header(request) {
@@ -90,24 +114,40 @@ impl Session {
                 if super::opcode::find(raw.opcode)
                     .is_some_and(|known| known.answer == Answer::Never)
                 {
-                    return Some(0);
+                    return Some(Served::Done(0));
                 }
                 Counters::add(&self.counters.errors, 1);
-                return Some(reply.finish(Err(errno)));
+                return Some(Served::Done(reply.finish(Err(errno))));
             }
         };
-        self.counters.count(limits.opcode);
+        if at_once && !self.may_be_tried(limits.opcode, header.raw.nodeid) {
+            return None;
+        }
+        let header = Header { at_once, ..header };
         if limits.answer == Answer::Never {
+            self.counters.count(limits.opcode);
             self.unanswered(limits, &header, request);
             self.counters.finish(limits.opcode, since.elapsed(), false);
-            return Some(0);
+            return Some(Served::Done(0));
+        }
+        if !at_once {
+            self.counters.count(limits.opcode);
         }
         let result = match deferral {
             Some(deferral) => self.answered(limits, &header, request, &reply, deferral, since),
             None => Err(Errno::INVAL),
         };
-        // `None`: whoever answers it later counts it.
-        let result = result.transpose()?;
+        if at_once {
+            // Who serves it then counts it.
+            if matches!(result, Err(Errno::WOULD_WAIT)) {
+                return None;
+            }
+            self.counters.count(limits.opcode);
+        }
+        let Some(result) = result.transpose() else {
+            // Whoever answers it later counts how long it took.
+            return Some(Served::Later);
+        };
         let failed = result.is_err();
         let used = reply.finish(result);
         let took = since.elapsed();
@@ -116,7 +156,34 @@ impl Session {
             part.count(limits.opcode);
             part.finish(limits.opcode, took, failed);
         }
-        Some(used)
+        Some(Served::Done(used))
+    }
+
+    /// Whether a thread that must not wait may try a request. Most of those that it may are done then.
+    fn may_be_tried(&self, opcode: Opcode, nodeid: u64) -> bool {
+        // Before the replies after a repair the host is asked how long files are.
+        if self.mappings.as_ref().is_some_and(Mappings::asks_the_host) {
+            return false;
+        }
+        match opcode {
+            // Their work has no bound that is short: what is held for the session, what is dirty, what is copied or
+            // allocated. And what waits for a lock takes a thread.
+            Opcode::Init
+            | Opcode::Destroy
+            | Opcode::Fsync
+            | Opcode::Fsyncdir
+            | Opcode::Syncfs
+            | Opcode::Fallocate
+            | Opcode::CopyFileRange
+            | Opcode::CopyFileRange64
+            | Opcode::Ioctl
+            | Opcode::Setlkw => false,
+            Opcode::Interrupt | Opcode::NotifyReply => true,
+            Opcode::Forget | Opcode::BatchForget => self.fs.all_answer_at_once(true),
+            // Under the lock of the mappings files of all nodes are looked at.
+            Opcode::Setupmapping | Opcode::Removemapping => self.fs.all_answer_at_once(false),
+            _ => self.fs.answers_at_once(nodeid),
+        }
     }
 
     /// Device reset: the guest is gone. Drops every node, handle and lock and empties the window; the next
@@ -246,6 +313,14 @@ impl Session {
         }
         Ok(len)
     }
+}
+
+/// Of an urgent request, which is never answered later.
+fn urgent_length(served: Option<Served>) -> Option<u32> {
+    served.map(|served| match served {
+        Served::Done(len) => len,
+        Served::Later => 0,
+    })
 }
 
 #[cfg(test)]

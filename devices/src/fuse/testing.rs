@@ -137,8 +137,17 @@ impl Guest {
     }
 
     pub(crate) fn without_init(change: impl FnOnce(&mut Options), window: bool) -> Self {
+        Self::without_init_in(std::env::temp_dir(), change, window)
+    }
+
+    /// The same, whose directory is made in another one.
+    pub(crate) fn without_init_in(
+        place: impl AsRef<Path>,
+        change: impl FnOnce(&mut Options),
+        window: bool,
+    ) -> Self {
         rustix::process::umask(rustix::fs::Mode::empty());
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir_in(place).unwrap();
         let mut options = Options::new(directory.path());
         options.xattr = XattrPolicy::On;
         options.file_handles = std::env::var_os(BY_NAME).is_none();
@@ -240,6 +249,20 @@ impl Guest {
         let units = (extension.len() / 8) as u16;
         request[36..38].copy_from_slice(&units.to_ne_bytes());
         self.send(&mut request, 0x1122_3344_5566_7788).unwrap()
+    }
+
+    /// Has a request served by a thread that must not wait. `None` when it would have to, and has done nothing.
+    pub(crate) fn at_once(&self, opcode: Opcode, nodeid: u64, parts: &[&[u8]]) -> Option<Answer> {
+        let mut request = self.frame(opcode as u32, nodeid, parts);
+        let mut bytes = vec![UNTOUCHED; self.room];
+        let (sender, _) = mpsc::channel();
+        let served = self.session.serve_at_once(
+            &GuestBuffer::from_slice(&mut request),
+            &GuestBuffer::from_slice(&mut bytes),
+            &LaterReply(sender),
+        );
+        let Served::Done(used) = served? else { panic!("{opcode:?} is answered later") };
+        Some(Answer::check(&bytes[..used as usize], 0x1122_3344_5566_7788))
     }
 
     /// Sends a well-formed request.

@@ -157,6 +157,10 @@ impl Share {
     pub(super) fn set_attributes(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
         // What is not known is not done, and must not look done.
         let valid = SetattrValid::from_bits(change.valid).ok_or(Errno::INVAL)?;
+        // As many blocks as the file has may have to be given back.
+        if caller.at_once && valid.contains(SetattrValid::SIZE) {
+            return Err(Errno::WOULD_WAIT);
+        }
         let inode = self.inodes.get(caller.nodeid)?;
         let _changing = self.change()?;
         inode.check_open_to_guests()?;

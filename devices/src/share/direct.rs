@@ -62,6 +62,15 @@ impl Share {
         })
     }
 
+    /// Whether a request with these flags asks for O_DIRECT and may have it.
+    pub(super) fn is_direct(&self, flags: u32) -> bool {
+        let wanted = flags & libc::O_DIRECT as u32 != 0;
+        // Windows are made of the cache, and a store to a mapped page meanwhile would be lost.
+        let allowed =
+            self.options.direct == DirectPolicy::Host && self.options.dax == DaxPolicy::Never;
+        wanted && allowed
+    }
+
     /// The descriptor for a request that asks for O_DIRECT and may have it.
     fn direct<'f>(
         &self,
@@ -69,12 +78,8 @@ impl Share {
         flags: u32,
         data: &Payload<'_, '_>,
     ) -> Option<BorrowedFd<'f>> {
-        let wanted = flags & libc::O_DIRECT as u32 != 0;
-        // Windows are made of the cache, and a store to a mapped page meanwhile would be lost.
-        let allowed =
-            self.options.direct == DirectPolicy::Host && self.options.dax == DaxPolicy::Never;
         // A buffer in a window (another share's) is itself a page of the cache, perhaps of the very range.
-        if !wanted || !allowed || data.is_in_window() {
+        if !self.is_direct(flags) || data.is_in_window() {
             return None;
         }
         let (fd, _) = file.direct.0.get_or_init(|| self.open_direct(file).ok()).as_ref()?;

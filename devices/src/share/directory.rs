@@ -14,6 +14,8 @@ use crate::fuse::{Caller, DirectorySink, Errno, Listing, Result};
 const BUFFER: usize = 32768;
 /// The least: several entries, of which the longest has 280 bytes.
 const BUFFER_LEAST: usize = 1024;
+/// The largest reply, in bytes, for which who must not wait looks up what is in it. The Linux guest asks for a page.
+const LISTED_AT_ONCE: usize = 16 << 10;
 /// How much longer an entry is in a READDIRPLUS reply than in the host's listing, about.
 const PLUS_FACTOR: usize = 4;
 /// The largest reply whose entries are kept for a guest that comes back for the end of it. The Linux guest
@@ -98,6 +100,9 @@ impl Share {
         sink: &mut dyn DirectorySink,
     ) -> Result<()> {
         let inode = self.directory(caller.nodeid)?;
+        if caller.at_once && sink.room() > LISTED_AT_ONCE {
+            return Err(Errno::WOULD_WAIT);
+        }
         let _buffer = self.buffers.take(sink.room())?;
         let handle = self.handles.get(caller.nodeid, fh)?;
         let directory = handle.directory()?;
@@ -124,7 +129,7 @@ impl Share {
             // A name that is gone by now, or whose file cannot be looked up, is listed all the same, as
             // READDIR does; the guest will look it up itself if it wants to. It costs the rest nothing.
             let found = match sink.plus() && !own {
-                true => self.find_in(&inode, &directory.fd, name).ok(),
+                true => self.find_in(caller, &inode, &directory.fd, name).ok(),
                 false => None,
             };
             let listing = Listing { ino: entry.ino, next: entry.next, kind: entry.kind, name };

@@ -6,7 +6,7 @@ use rustix::fs::{
     FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, fstatvfs, fsync, seek, syncfs,
 };
 
-use super::handle::Room;
+use super::handle::{OpenFile, Room};
 use super::identity::WithoutFsetid;
 use super::reach::Held;
 use super::{Share, sys};
@@ -106,7 +106,8 @@ impl Share {
         room: Room,
     ) -> Result<OpenOut> {
         let writable = flags & OFlags::ACCMODE != OFlags::RDONLY;
-        let fh = self.handles.add_file(nodeid, fd, writable, room)?;
+        let file = OpenFile::new(fd, writable, self.near(nodeid, flags));
+        let fh = self.handles.add_file(nodeid, file, room)?;
         if let Some(mapped) = &self.mapped {
             mapped.opened(nodeid);
         }
@@ -129,7 +130,10 @@ impl Share {
         target: Payload<'_, '_>,
     ) -> Result<usize> {
         let handle = self.handles.get(caller.nodeid, request.fh)?;
-        self.read_data(handle.file()?, request, &target)
+        match caller.at_once {
+            true => self.read_at_once(handle.file()?, request, &target),
+            false => self.read_data(handle.file()?, request, &target),
+        }
     }
 
     /// WRITE.
@@ -156,6 +160,9 @@ impl Share {
         let append = request.flags & libc::O_APPEND as u32 != 0
             && request.fuse_flags & WRITE_CACHE == 0
             && !self.options.writeback();
+        if caller.at_once {
+            self.check_write_at_once(file, request)?;
+        }
         let mut flags = if append { libc::RWF_APPEND } else { 0 };
         // The descriptor syncs each write if it was opened so. A single write may want it too
         // (`RWF_DSYNC` of pwritev2), and says so in the flags it would have to be opened with.
@@ -172,7 +179,10 @@ impl Share {
         if request.fuse_flags & WRITE_CACHE == 0 {
             self.drop_mapped_capability(&file.fd)?;
         }
-        self.write_data(file, request, &source, flags)
+        match caller.at_once {
+            true => file.near.write(file, request, &source, flags),
+            false => self.write_data(file, request, &source, flags),
+        }
     }
 
     pub(super) fn sync(&self, caller: Caller, fh: u64, data_only: bool, file: bool) -> Result<()> {

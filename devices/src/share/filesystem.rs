@@ -41,6 +41,17 @@ impl FileSystem for Share {
         }
     }
 
+    fn answers_at_once(&self, nodeid: u64) -> bool {
+        let node = self.inodes.get(nodeid);
+        node.is_ok_and(|node| self.is_near(node.identity.mount.distance))
+    }
+
+    fn all_answer_at_once(&self, forgetting: bool) -> bool {
+        // What has lost its last name goes when its node is forgotten, whatever its size.
+        (self.options.trust_file_systems || self.mounts.are_near())
+            && !(forgetting && self.inodes.keeps_any())
+    }
+
     fn clear(&self) {
         self.handles.clear();
         // After the handles: a request that finds one of them from now on sets no lock any more.
@@ -53,7 +64,7 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
-        self.look_up(&self.directory(caller.nodeid)?, name)
+        self.look_up(caller, name)
     }
 
     fn forget(&self, nodeid: u64, count: u64) {
@@ -117,7 +128,7 @@ impl FileSystem for Share {
 
     fn open(&self, caller: Caller, flags: u32, fuse_flags: u32) -> Result<OpenOut> {
         let inode = self.inodes.get(caller.nodeid)?;
-        self.open_inode(&inode, flags, fuse_flags & OPEN_KILL_SUIDGID != 0)
+        self.open_inode(caller, &inode, flags, fuse_flags & OPEN_KILL_SUIDGID != 0)
     }
 
     fn create(

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use super::budget::{Budget, Permit};
 use super::direct::Direct;
 use super::directory::Position;
+use super::near::Near;
 use super::table::{Numbered, Numbers, Table};
 use crate::fuse::{Errno, Result};
 
@@ -16,6 +17,13 @@ pub(super) struct OpenFile {
     pub(super) fd: OwnedFd,
     pub(super) writable: bool,
     pub(super) direct: Direct,
+    pub(super) near: Near,
+}
+
+impl OpenFile {
+    pub(super) fn new(fd: OwnedFd, writable: bool, near: Near) -> Self {
+        Self { fd, writable, direct: Direct::default(), near }
+    }
 }
 
 /// An open directory.
@@ -161,14 +169,8 @@ impl Handles {
     /// # Errors
     ///
     /// `ENFILE` when there are no numbers any more.
-    pub(super) fn add_file(
-        &self,
-        nodeid: u64,
-        fd: OwnedFd,
-        writable: bool,
-        room: Room,
-    ) -> Result<u64> {
-        self.insert(nodeid, Kind::File(OpenFile { fd, writable, direct: Direct::default() }), room)
+    pub(super) fn add_file(&self, nodeid: u64, file: OpenFile, room: Room) -> Result<u64> {
+        self.insert(nodeid, Kind::File(file), room)
     }
 
     /// # Errors
@@ -240,7 +242,7 @@ mod tests {
         let open = || {
             let room = handles.room()?;
             let file = std::fs::File::open("/dev/null").unwrap();
-            handles.add_file(7, file.into(), false, room)
+            handles.add_file(7, OpenFile::new(file.into(), false, Near::Never), room)
         };
         assert_eq!((open(), open(), open()), (Ok(1), Ok(2), Err(Errno::NFILE)));
         assert_eq!((handles.live(), descriptors.used()), (2, 2), "a refusal takes nothing");

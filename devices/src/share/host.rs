@@ -38,10 +38,20 @@ pub(super) fn stat(fd: impl AsFd) -> Result<Statx> {
 
 /// Opens `name` in `directory`.
 fn open_beneath(directory: impl AsFd, name: &CStr, flags: OFlags, mode: Mode) -> Result<OwnedFd> {
+    resolve(directory, name, flags, mode, RESOLVE)
+}
+
+fn resolve(
+    directory: impl AsFd,
+    name: &CStr,
+    flags: OFlags,
+    mode: Mode,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd> {
     let mut tries = 0;
     loop {
         tries += 1;
-        match openat2(&directory, name, flags | OFlags::CLOEXEC, mode, RESOLVE) {
+        match openat2(&directory, name, flags | OFlags::CLOEXEC, mode, resolve) {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) if tries < TRIES => {}
             other => return Ok(other?),
         }
@@ -51,6 +61,21 @@ fn open_beneath(directory: impl AsFd, name: &CStr, flags: OFlags, mode: Mode) ->
 /// Finds `name` in `directory`: an `O_PATH` descriptor of the entry itself, be it a symlink or a device.
 pub(super) fn find(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     open_beneath(directory, name, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
+}
+
+/// The same, but not what is mounted there: the file systems of mounts need not answer soon.
+///
+/// # Errors
+///
+/// [`Errno::WOULD_WAIT`] for what is mounted.
+pub(super) fn find_unmounted(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW;
+    resolve(directory, name, flags, Mode::empty(), RESOLVE.union(ResolveFlags::NO_XDEV)).map_err(
+        |errno| match errno {
+            Errno::XDEV => Errno::WOULD_WAIT,
+            other => other,
+        },
+    )
 }
 
 /// Finds a file by the names that lead to it from `directory`: like [`find`], at each step.

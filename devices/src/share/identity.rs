@@ -57,10 +57,17 @@ impl Share {
             let group = caller.group.and_then(|id| self.options.gids.to_host(GuestGid(id)).ok());
             let is_root = caller.uid == 0;
             if !is_root || group.is_some() || (uid, gid) != self.own {
+                // Not by a thread that is somebody else's.
+                if caller.at_once {
+                    return Err(Errno::WOULD_WAIT);
+                }
                 guard.take_on(uid, gid, group, is_root)?;
             }
         }
         if let Some(mask) = caller.umask {
+            if caller.at_once {
+                return Err(Errno::WOULD_WAIT);
+            }
             guard.umask = Umask::set(mask)?;
         }
         Ok(guard)

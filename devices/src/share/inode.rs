@@ -402,6 +402,11 @@ impl Inodes {
         state.kept.get(&nodeid).map(|(fd, _)| fd.clone())
     }
 
+    /// Whether any file is held open.
+    pub(super) fn keeps_any(&self) -> bool {
+        !self.read().kept.is_empty()
+    }
+
     /// Holds it no longer: it has a name again.
     pub(super) fn release(&self, nodeid: u64) {
         if self.kept(nodeid).is_some() {

@@ -37,6 +37,7 @@ mod inode;
 mod locks;
 mod mount;
 mod namespace;
+mod near;
 mod options;
 mod pseudo;
 mod reach;

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use rustix::fs::{OFlags, Statx, fstatfs};
@@ -35,6 +36,48 @@ const HANDLES_LAST: &[(u32, &str)] = &[
 
 /// `OVERLAYFS_SUPER_MAGIC` of linux/magic.h.
 const OVERLAYFS: u32 = 0x794c_7630;
+
+/// File systems whose files are in the memory of this machine, by `f_type`: to read one waits for nothing, but for
+/// what was swapped out.
+const IN_MEMORY: &[(u32, &str)] = &[(0x0102_1994, "tmpfs"), (0x8584_58f6, "ramfs")];
+
+/// File systems whose files are on disks of this machine, or at least on what it takes for its disks. What a
+/// request waits for there is a disk at most, and for most that concern names and attributes not even that. Not
+/// overlayfs, which may have layers anywhere.
+const ON_DISK: &[(u32, &str)] = &[
+    (0x0000_ef53, "ext2, ext3, ext4"),
+    (0x2fc1_2fc1, "zfs"),
+    (0x5846_5342, "xfs"),
+    (0x7371_7368, "squashfs"),
+    (0x9123_683e, "btrfs"),
+    (0xca45_1a4e, "bcachefs"),
+    (0xe0f5_e1e2, "erofs"),
+    (0xf2f5_2010, "f2fs"),
+];
+
+/// How far away the files of a file system are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Distance {
+    /// In this machine's memory.
+    Memory,
+    /// On its disks.
+    Disk,
+    /// Not known: another machine or another process may have to answer, and may not.
+    Unknown,
+}
+
+impl Distance {
+    fn of(kind: u32) -> Self {
+        let is_of = |kinds: &[(u32, &str)]| kinds.iter().any(|(magic, _)| *magic == kind);
+        if is_of(IN_MEMORY) {
+            Self::Memory
+        } else if is_of(ON_DISK) {
+            Self::Disk
+        } else {
+            Self::Unknown
+        }
+    }
+}
 
 /// Where something was found: a name in a directory. Either may be gone by now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +114,7 @@ pub(super) struct Mount {
     pub(super) closed: bool,
     /// It is of overlayfs: a file may be replaced by a copy that looks the same.
     pub(super) overlay: bool,
+    pub(super) distance: Distance,
     /// Its files are reached by their handles.
     handles: bool,
     /// For the mount that the shared directory itself is on, which the share holds anyway: the directory,
@@ -133,6 +177,7 @@ impl Mount {
             key: key(stat),
             closed: pseudo::is_pseudo_type(kind),
             overlay: kind == OVERLAYFS,
+            distance: Distance::of(kind),
             // Where a single file is mounted, there is no directory to enter it by.
             handles: handles && lasting && directory && handles_work(host, fd, stat),
             own: None,
@@ -155,6 +200,8 @@ fn handles_work(host: &Host, fd: impl AsFd, stat: &Statx) -> bool {
 pub(super) struct Mounts {
     root: Arc<Mount>,
     handles: bool,
+    /// All that were ever found answer at once: see [`Distance`].
+    near: AtomicBool,
     // Weak: a mount is known as long as one of its nodes.
     below: Mutex<HashMap<Key, Weak<Mount>>>,
 }
@@ -169,7 +216,13 @@ impl Mounts {
             false => None,
         };
         mount.own = Some(readable);
-        Ok(Self { root: Arc::new(mount), handles, below: Mutex::default() })
+        let near = AtomicBool::new(mount.distance != Distance::Unknown);
+        Ok(Self { root: Arc::new(mount), handles, near, below: Mutex::default() })
+    }
+
+    /// Whether the files of all that the guest ever knew nodes of are in this machine's memory or on its disks.
+    pub(super) fn are_near(&self) -> bool {
+        self.near.load(Ordering::Relaxed)
     }
 
     /// That of the shared directory.
@@ -197,6 +250,9 @@ impl Mounts {
         }
         // Not under the lock: this asks the host about a file system, which may be a network away.
         let mut mount = Mount::new(host, fd, stat, self.handles)?;
+        if mount.distance == Distance::Unknown {
+            self.near.store(false, Ordering::Relaxed);
+        }
         // A subvolume of the share's own mount. (A host that does not number its mounts has 0 for all.)
         if mount.key.0 == self.root.key.0 && mount.key.0 != 0 {
             mount.own.clone_from(&self.root.own);

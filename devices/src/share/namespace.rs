@@ -20,6 +20,10 @@ use super::{Share, host};
 use crate::fuse::abi::{ATTR_SUBMOUNT, CreateIn, EntryOut, OPEN_KILL_SUIDGID, OpenOut};
 use crate::fuse::{Caller, Errno, Result};
 
+/// So many blocks of 512 bytes of a file are given back by who must not wait: 16 MiB, which are some ten
+/// extents.
+const FREED_AT_ONCE: u64 = 32 << 10;
+
 /// The node that a name belongs to.
 struct Owner {
     inode: Arc<Inode>,
@@ -46,10 +50,11 @@ impl Share {
 
     /// LOOKUP. That there is no such entry is an answer that the guest may keep when it is not an error:
     /// node id 0 and for how long (`fuse_lookup_name`, fs/fuse/dir.c).
-    pub(super) fn look_up(&self, directory: &Arc<Inode>, name: &CStr) -> Result<EntryOut> {
+    pub(super) fn look_up(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
+        let directory = self.directory(caller.nodeid)?;
         let negative = self.options.timeouts().negative;
-        let file = self.file(directory)?;
-        match self.find_in(directory, &file, name) {
+        let file = self.file(&directory)?;
+        match self.find_in(caller, &directory, &file, name) {
             Err(Errno::NOENT) if !negative.is_zero() => Ok(EntryOut {
                 entry_valid: negative.as_secs(),
                 entry_valid_nsec: negative.subsec_nanos(),
@@ -62,11 +67,16 @@ impl Share {
     /// Finds an entry and counts a lookup of it. `file` is the directory's.
     pub(super) fn find_in(
         &self,
+        caller: Caller,
         directory: &Arc<Inode>,
         file: impl AsFd,
         name: &CStr,
     ) -> Result<EntryOut> {
-        self.entry(directory, Some(name), host::find(file, name)?, None)
+        let found = match caller.at_once {
+            true => host::find_unmounted(file, name)?,
+            false => host::find(file, name)?,
+        };
+        self.entry(directory, Some(name), found, None)
     }
 
     /// Counts a lookup of the file behind a descriptor, which was found in `directory` under `name` or was
@@ -149,17 +159,38 @@ impl Share {
     }
 
     /// Whom a name belongs to before it is taken away, if the guest knows that node.
-    fn owner_of(&self, directory: &Inode, file: &Held, name: &CStr) -> Option<Owner> {
-        let fd = host::find(file, name).ok()?;
-        let stat = host::stat(&fd).ok()?;
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::WOULD_WAIT`] for a caller who must not wait, when a mount or a large file may go with the name.
+    fn owner_of(
+        &self,
+        caller: Caller,
+        directory: &Inode,
+        file: &Held,
+        name: &CStr,
+    ) -> Result<Option<Owner>> {
+        let found = match caller.at_once {
+            true => host::find_unmounted(file, name),
+            false => host::find(file, name),
+        };
+        let fd = match found {
+            Err(Errno::WOULD_WAIT) => return Err(Errno::WOULD_WAIT),
+            Err(_) => return Ok(None),
+            Ok(fd) => fd,
+        };
+        let Ok(stat) = host::stat(&fd) else { return Ok(None) };
+        if caller.at_once && stat.stx_nlink <= 1 && stat.stx_blocks > FREED_AT_ONCE {
+            return Err(Errno::WOULD_WAIT);
+        }
         let parent = &directory.identity.mount;
         let mount = match parent.has(&stat) {
-            true => parent.clone(),
-            false if is_directory(&stat) => self.mounts.known(&stat)?,
-            false => return None,
+            true => Some(parent.clone()),
+            false if is_directory(&stat) => self.mounts.known(&stat),
+            false => None,
         };
-        let inode = self.inodes.known(&Identity::of(mount, &fd, &stat))?;
-        Some(Owner { inode, fd })
+        let inode = mount.and_then(|mount| self.inodes.known(&Identity::of(mount, &fd, &stat)));
+        Ok(inode.map(|inode| Owner { inode, fd }))
     }
 
     /// A name was taken away. A node that the guest may still be using is held open if nothing else leads to
@@ -240,7 +271,7 @@ impl Share {
     pub(super) fn remove(&self, caller: Caller, name: &CStr, flags: AtFlags) -> Result<()> {
         let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let file = self.file(&directory)?;
-        let owner = self.owner_of(&directory, &file, name);
+        let owner = self.owner_of(caller, &directory, &file, name)?;
         unlinkat(&file, name, flags)?;
         self.name_is_gone(&directory, name, owner);
         Ok(())
@@ -265,11 +296,11 @@ impl Share {
         // A handle does not change by it.
         let moved = match old.identity.mount.has_handles() {
             true => None,
-            false => self.owner_of(&old, &from, name),
+            false => self.owner_of(caller, &old, &from, name)?,
         };
         let replaced = match flags.contains(RenameFlags::NOREPLACE) {
             true => None,
-            false => self.owner_of(&new, &to, new_name),
+            false => self.owner_of(caller, &new, &to, new_name)?,
         };
         renameat_with(from, name, to, new_name, flags)?;
         let now_at = |owner: &Option<Owner>, directory: &Inode, name| {
@@ -295,7 +326,7 @@ impl Share {
         }
         let into = self.file(&directory)?;
         self.host.link(self.file(&inode)?, &into, name)?;
-        self.find_in(&directory, into, name)
+        self.find_in(caller, &directory, into, name)
     }
 
     pub(super) fn read_link(&self, caller: Caller) -> Result<Vec<u8>> {
@@ -329,9 +360,9 @@ impl Share {
                 // Somebody was faster. Not by O_CREAT without O_EXCL: that would open whatever is there now,
                 // a FIFO for example.
                 drop(room);
-                let entry = self.find_in(&directory, &parent, name)?;
+                let entry = self.find_in(caller, &directory, &parent, name)?;
                 let kill = request.fuse_flags & OPEN_KILL_SUIDGID != 0;
-                self.open_existing(&entry, request.flags, kill)
+                self.open_existing(caller, &entry, request.flags, kill)
                     .map(|open| (entry, open))
                     .inspect_err(|_| self.give_back(entry.nodeid, 1))
             }
@@ -339,11 +370,17 @@ impl Share {
         }
     }
 
-    fn open_existing(&self, entry: &EntryOut, flags: u32, kill: bool) -> Result<OpenOut> {
+    fn open_existing(
+        &self,
+        caller: Caller,
+        entry: &EntryOut,
+        flags: u32,
+        kill: bool,
+    ) -> Result<OpenOut> {
         match entry.attr.mode & libc::S_IFMT {
             libc::S_IFREG => {
                 let inode = self.inodes.get(entry.nodeid)?;
-                self.open_inode(&inode, flags, kill)
+                self.open_inode(caller, &inode, flags, kill)
             }
             libc::S_IFDIR => Err(Errno::ISDIR),
             // The guest looks the name up again and follows the link, or opens its own FIFO.
@@ -388,12 +425,22 @@ impl Share {
     }
 
     /// Opens a regular file that the guest knows.
-    pub(super) fn open_inode(&self, inode: &Arc<Inode>, flags: u32, kill: bool) -> Result<OpenOut> {
+    pub(super) fn open_inode(
+        &self,
+        caller: Caller,
+        inode: &Arc<Inode>,
+        flags: u32,
+        kill: bool,
+    ) -> Result<OpenOut> {
         if inode.is_directory() {
             return Err(Errno::ISDIR);
         }
         inode.check_openable()?;
         let flags = self.open_flags(flags)?;
+        // As many blocks as the file has are given back.
+        if caller.at_once && flags.contains(OFlags::TRUNC) {
+            return Err(Errno::WOULD_WAIT);
+        }
         // Held while the file is opened: one that was opened before a switch to read-only is known then.
         let changes = flags.intersects(OFlags::ACCMODE | OFlags::TRUNC);
         let _changing = changes.then(|| self.change()).transpose()?;

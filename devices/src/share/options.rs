@@ -163,6 +163,10 @@ pub struct Options {
     /// Whether nodes are reached by the host's file handles, where the file system has them and the process
     /// is allowed to use them (CAP_DAC_READ_SEARCH). Otherwise, and without, they are reached by name.
     pub file_handles: bool,
+    /// Whether file systems of every kind are taken for ones that answer without waiting for another machine or
+    /// process. A vCPU's thread then serves requests that it would leave to another otherwise, and hangs with a file
+    /// system that does.
+    pub trust_file_systems: bool,
     /// The most nodes the guest may know at a time, the root among them. Each costs some 140 bytes (without
     /// file handles 240) and no descriptor. By default 1,048,576.
     pub max_inodes: Option<usize>,
@@ -205,6 +209,7 @@ impl Options {
             locks: LockPolicy::default(),
             max_locks: None,
             file_handles: true,
+            trust_file_systems: false,
             max_inodes: None,
             max_handles: None,
             max_descriptors: None,

@@ -21,6 +21,17 @@ impl Mounted {
         mount(source, path, kind, MountFlags::empty(), None).ok().map(|()| Self(path.to_owned()))
     }
 
+    /// Makes the directory and mounts an overlay over `lower` on it, nothing of which can be written to.
+    pub(crate) fn overlay(path: &Path, lower: &Path) -> Option<Self> {
+        std::fs::create_dir(path).unwrap();
+        let empty = lower.join("empty");
+        std::fs::create_dir_all(&empty).unwrap();
+        let options = format!("lowerdir={}:{}", lower.display(), empty.display());
+        let options = std::ffi::CString::new(options).unwrap();
+        let flags = MountFlags::empty();
+        mount("overlay", path, "overlay", flags, Some(&*options)).ok().map(|()| Self(path.into()))
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }

@@ -97,6 +97,9 @@ impl Tree {
                 let found = read(&self.state).members.get(&index).cloned();
                 let member = found.ok_or(Errno::NOENT)?;
                 let root = Caller { nodeid: member.root(), ..caller };
+                if caller.at_once && !member.share.answers_at_once(root.nodeid) {
+                    return Err(Errno::WOULD_WAIT);
+                }
                 let AttrOut { attr_valid, attr_valid_nsec, mut attr, .. } =
                     member.share.getattr(root, None)?;
                 attr.flags |= ATTR_SUBMOUNT;
@@ -169,6 +172,17 @@ impl FileSystem for Tree {
             groups: session.switches_identity(),
             locks: session.locks == LockPolicy::Host,
         }
+    }
+
+    fn answers_at_once(&self, nodeid: u64) -> bool {
+        // Its own directories are nowhere but here.
+        nodeid >> NUMBER_BITS == 0
+            || self.member(nodeid).is_ok_and(|member| member.share.answers_at_once(nodeid))
+    }
+
+    fn all_answer_at_once(&self, forgetting: bool) -> bool {
+        let state = read(&self.state);
+        state.members.values().all(|member| member.share.all_answer_at_once(forgetting))
     }
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {

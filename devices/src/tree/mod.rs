@@ -101,7 +101,7 @@ impl Tree {
     /// An empty tree.
     ///
     /// Of `session` counts what concerns a whole session and so all members: `dax` and `window`, `acl`, `locks`,
-    /// `switch_identity`, and all limits, which are those of the members together. With `read_only`, all members
+    /// `switch_identity`, `trust_file_systems`, and all limits, which are those of the members together. With `read_only`, all members
     /// are. `window` is the session's.
     pub fn new(session: Options, window: Option<Arc<dyn DaxWindow>>) -> Self {
         let common = Common::new(&session);
@@ -121,6 +121,7 @@ impl Tree {
         options.read_only |= self.session.read_only;
         options.window = self.session.window;
         options.switch_identity = self.session.switch_identity;
+        options.trust_file_systems = self.session.trust_file_systems;
         options.max_locks = self.session.max_locks;
         options.max_handles = self.session.max_handles;
         let index = {

@@ -78,7 +78,8 @@ pub trait VirtioDevice: Send + Sync {
 
     /// The driver has put requests in a queue. Called only after [`activate`](Self::activate) has returned,
     /// but may cross a [`reset`](Self::reset) and then has no effect. `queue` is below the number of
-    /// queues, but the driver may have left that queue disabled. Must not block: a vCPU is waiting.
+    /// queues, but the driver may have left that queue disabled. A vCPU is waiting: may serve what takes no longer
+    /// than handing it to a thread would, and must not wait for anything else than this machine.
     fn notify(&self, queue: u16);
 
     /// Back to where the device was before [`activate`](Self::activate). When this returns, nothing of the

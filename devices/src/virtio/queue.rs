@@ -233,6 +233,35 @@ impl Queue {
         })
     }
 
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// How many requests the driver has put in the queue that were not taken.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError::AvailableIndex`], [`QueueError::Ring`].
+    pub fn waiting(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        let index = self.ring.avail_idx(memory, Ordering::Acquire).map_err(|_| QueueError::Ring)?;
+        let count = index.0.wrapping_sub(self.ring.next_avail());
+        if count > self.ring.size() { Err(QueueError::AvailableIndex) } else { Ok(count) }
+    }
+
+    /// A request that was taken before and not given back, once more. What the driver has written to it since
+    /// counts.
+    ///
+    /// # Errors
+    ///
+    /// As [`pop`](Self::pop), and [`QueueError::NotInFlight`].
+    pub fn again<'m>(&self, memory: &'m GuestMemory, head: u16) -> Result<Chain<'m>, QueueError> {
+        match self.in_flight.get(usize::from(head)) {
+            Some(true) => self.walk(memory, head),
+            _ => Err(QueueError::NotInFlight(head)),
+        }
+    }
+
     /// The next request, if there is one.
     ///
     /// # Errors

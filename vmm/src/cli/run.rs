@@ -73,6 +73,11 @@ pub struct RunArgs {
     /// prefault=auto|never: whether pages of files that are read in order are entered into the guest's page
     /// tables ahead of its faults.
     ///
+    /// dispatch=auto|inline|worker: who serves the guest's requests. auto (the default): the guest's CPU that sent
+    /// one serves it itself where it need not wait, on file systems of this machine's disks and memory, while few
+    /// are queued; threads serve the rest. inline: on all file systems and however many are queued. worker: threads
+    /// serve all.
+    ///
     /// queues=N: request queues, default one for each CPU. tag=NAME: the device's name in the guest.
     #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]
     pub shares: Vec<ShareArg>,
@@ -81,7 +86,7 @@ pub struct RunArgs {
     ///
     /// It is one device. What `oriel share add` puts there appears below GUEST_PATH, with options of its own.
     /// Options here are those that concern all of it, as in --share: tag=NAME (default: shares), dax=, window=,
-    /// window-max=, prefault=, queues=, locks=, acl, and ro: nothing below can be written to.
+    /// window-max=, prefault=, queues=, dispatch=, locks=, acl, and ro: nothing below can be written to.
     #[arg(long = "shares", value_name = "GUEST_PATH")]
     pub live: Option<LiveArg>,
 

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use devices::share::{CachePolicy, DirectPolicy, IdRange, LockPolicy, XattrPolicy};
+use devices::virtio::fs::Dispatch;
 use oriel_init::protocol::Dax;
 
 use super::values::{duration, size_in_units};
@@ -56,6 +57,8 @@ pub struct ShareOptions {
     pub window_max: Option<u64>,
     /// Request queues; as many as vCPUs when not given.
     pub queues: Option<u16>,
+    /// Who serves its requests.
+    pub dispatch: Dispatch,
     /// Root only: writes stay in the guest.
     pub overlay: bool,
 }
@@ -82,6 +85,7 @@ impl ShareOptions {
             prefault: true,
             window_max: None,
             queues: None,
+            dispatch: Dispatch::default(),
             overlay: false,
         };
         let (mut window, mut window_max) = (None, None);
@@ -117,13 +121,14 @@ impl ShareOptions {
                 ("prefault", mode) => options.prefault = parse_prefault(mode)?,
                 ("window-max", size) => window_max = Some(size_in_units(size).map_err(named)?),
                 ("queues", count) => options.queues = Some(parse_queues(count)?),
+                ("dispatch", who) => options.dispatch = parse_dispatch(who)?,
                 _ => {
                     let overlay = if root { "overlay, " } else { "" };
                     return Err(format!(
                         "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
                          tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
-                         gid-map=, locks=, dax=, direct=, window=, window-max=, prefault= or \
-                         queues="
+                         gid-map=, locks=, dax=, direct=, window=, window-max=, prefault=, queues= or \
+                         dispatch="
                     ));
                 }
             }
@@ -255,6 +260,15 @@ fn parse_prefault(mode: &str) -> Result<bool, String> {
     }
 }
 
+fn parse_dispatch(who: &str) -> Result<Dispatch, String> {
+    match who {
+        "auto" => Ok(Dispatch::Auto),
+        "inline" => Ok(Dispatch::Inline),
+        "worker" => Ok(Dispatch::Worker),
+        _ => Err(format!("{who:?} serves no requests; write dispatch=auto, inline or worker")),
+    }
+}
+
 fn parse_queues(count: &str) -> Result<u16, String> {
     let queues = count.parse().ok().filter(|queues| (1..=QUEUES_MAX).contains(queues));
     queues.ok_or_else(|| format!("{count:?} is no number of queues; write 1 to {QUEUES_MAX}"))
@@ -303,7 +317,7 @@ fn keys(options: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Options of `--shares` that are not of a share there: they are the device's.
-const OF_DEVICE: [&str; 5] = ["tag", "window", "window-max", "prefault", "queues"];
+const OF_DEVICE: [&str; 6] = ["tag", "window", "window-max", "prefault", "queues", "dispatch"];
 /// Options of `--shares` that count for its shares too: they are the session's.
 const OF_SESSION: [&str; 5] = ["ro", "rw", "dax", "locks", "acl"];
 
@@ -326,7 +340,7 @@ impl FromStr for LiveArg {
         if let Some(key) = keys(options).find(|key| !known(key)) {
             return Err(format!(
                 "{key:?} is no option of --shares; write ro, acl, tag=, dax=, window=, window-max=, prefault=, \
-                 queues= or locks=, and others with each share that is added"
+                 queues=, dispatch= or locks=, and others with each share that is added"
             ));
         }
         Ok(Self { guest: guest.into(), options: ShareOptions::parse(options, false)? })
@@ -449,6 +463,9 @@ mod tests {
         assert_eq!(options("dax=never").window, Some(0));
         assert_eq!((options("").window, options("window=auto").window), (None, None));
         assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
+        let dispatch = ["", "dispatch=inline", "dispatch=worker", "dispatch=auto"];
+        let expected = [Dispatch::Auto, Dispatch::Inline, Dispatch::Worker, Dispatch::Auto];
+        assert_eq!(dispatch.map(|text| options(text).dispatch), expected);
         assert_eq!(options("dax=never,direct=host").direct, DirectPolicy::Host);
         assert_eq!(options("direct=buffered").direct, DirectPolicy::Buffered);
         let grows = options("window=4M,window-max=8G");
@@ -506,6 +523,7 @@ mod tests {
             ("a:/b:cache=some", "cache"),
             ("a:/b:dax=on", "DAX"),
             ("a:/b:prefault=always", "prefault"),
+            ("a:/b:dispatch=vcpu", "dispatch=auto"),
             ("a:/b:locks", "locks=host"),
             ("a:/b:locks=none", "locks=guest"),
             ("a:/b:entry-timeout=1", "entry-timeout"),

@@ -30,7 +30,7 @@ use devices::pci::{AddressWindow, AddressWindows, PciRoot, root};
 use devices::power::{self, Power, PowerRequest};
 use devices::serial::{self, SerialPort};
 use devices::virtio::console::ConsoleDevice;
-use devices::virtio::fs::{self, FsDevice, Server};
+use devices::virtio::fs::{self, Dispatch, FsDevice, Server};
 use devices::virtio::rng::RngDevice;
 use devices::virtio::vsock::VsockDevice;
 use devices::virtio::{VirtioDevice, VirtioPci};
@@ -122,7 +122,8 @@ impl Machine {
         })
     }
 
-    /// Adds a virtio-fs device that is served by `server`, with a DAX window if there is one, and returns it.
+    /// Adds a virtio-fs device that is served by `server`, on the threads that `dispatch` says, with a DAX window if
+    /// there is one, and returns it.
     ///
     /// # Errors
     ///
@@ -132,13 +133,14 @@ impl Machine {
         config: fs::Config,
         server: Arc<dyn Server>,
         window: Option<Arc<Window>>,
+        dispatch: Dispatch,
     ) -> Result<Arc<FsDevice>> {
         let shown = window.as_ref().map(|window| fs::Window {
             dax: window.clone(),
             slot: self.slots.window(window.clone()),
         });
         let device = FsDevice::new(config, server, shown).context("virtio-fs device")?;
-        let device = Arc::new(device);
+        let device = Arc::new(device.with_dispatch(dispatch));
         self.add_device(device.clone()).context("virtio-fs device")?;
         self.windows.extend(window);
         Ok(device)

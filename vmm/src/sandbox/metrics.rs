@@ -35,7 +35,7 @@ impl Counted {
     fn of(share: &RunningShare) -> Self {
         let operations = share.session.counters().operations();
         let named = |name: &str| operations.iter().any(|of| of.name == name);
-        let mut others = share.session.snapshot();
+        let mut others = share.counters();
         others.retain(|(name, _)| !named(name));
         Self {
             tag: share.tag.clone(),

@@ -26,7 +26,7 @@ use devices::dax::{DaxWindow, Window};
 use devices::fuse::{FileSystem, Session};
 use devices::share::{self, DaxPolicy, LockLimits, Share, XattrPolicy};
 use devices::tree::Tree;
-use devices::virtio::fs;
+use devices::virtio::fs::{self, Dispatch};
 use devices::virtio::vsock::{self, VsockDevice};
 use oriel_init::frames::Kind;
 use oriel_init::protocol::{Dax, FromGuest};
@@ -319,6 +319,7 @@ fn served(
         Dax::Always => DaxPolicy::Always,
     };
     served.window = Some(window);
+    served.trust_file_systems = options.dispatch == Dispatch::Inline;
     Ok(served)
 }
 
@@ -384,7 +385,8 @@ fn add_share(
     let queues = options.queues.unwrap_or_else(|| cpus.into());
     let config =
         fs::Config::new(tag, queues).map_err(|error| UsageError(format!("{name}: {error}")))?;
-    let device = machine.add_fs(config, session.clone(), window.clone()).with_context(|| {
+    let device = machine.add_fs(config, session.clone(), window.clone(), options.dispatch);
+    let device = device.with_context(|| {
         format!(
             "{name}: the guest has no room for a window of {} MiB; give it a smaller window= or window-max=",
             choice.max >> 20

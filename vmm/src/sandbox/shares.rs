@@ -66,6 +66,18 @@ pub struct ShareStatus {
 }
 
 impl RunningShare {
+    /// All counters with their names: what its session counted, and how its device had requests served.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        let of = self.device.statistics();
+        let mut all = self.session.snapshot();
+        all.extend([
+            ("served_inline", of.inline),
+            ("handed_over", of.handed_over),
+            ("served_by_threads", of.by_threads),
+        ]);
+        all
+    }
+
     fn window_status(&self) -> Option<WindowStatus> {
         let status = |window: &Arc<Window>| WindowStatus {
             size: window.size(),
@@ -110,8 +122,7 @@ impl Shares {
             .iter()
             .map(|share| {
                 let counters: serde_json::Map<_, _> = share
-                    .session
-                    .snapshot()
+                    .counters()
                     .into_iter()
                     .map(|(name, value)| (name.to_string(), value.into()))
                     .collect();

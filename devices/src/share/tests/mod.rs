@@ -12,6 +12,7 @@ mod locks;
 mod mappings;
 mod mounts;
 mod names;
+mod near;
 mod reach;
 mod read_only;
 mod tables;

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
-
 use super::Server;
 use super::config::{Config, VIRTIO_FS_F_WINDOW_GROWS};
-use super::worker::Worker;
+use super::dispatch::{Counts, Dispatch, Statistics};
+use super::worker::{Service, Worker};
 use crate::dax::DaxWindow;
 use crate::pci::WindowSlot;
 use crate::sync::lock;
@@ -48,15 +47,32 @@ pub struct FsDevice {
     /// A driver that is up and wants to know when the window has grown.
     listener: Mutex<Option<Arc<dyn Interrupts>>>,
     queue_sizes: Vec<u16>,
-    /// One for each queue, the same over all activations: a notification needs no lock that way, and one
-    /// that crosses a reset wakes a later worker for nothing at worst.
-    doorbells: Vec<Arc<EventFd>>,
-    running: Mutex<Vec<Running>>,
+    dispatch: Dispatch,
+    /// For each queue, who hears its doorbell while the device is active. No two queues have a lock in common here.
+    doorbells: Vec<Mutex<Option<Arc<Worker>>>>,
+    counts: Vec<Arc<Counts>>,
+    running: Arc<Mutex<Vec<Running>>>,
 }
 
-struct Running {
+/// A thread that serves a queue.
+pub(super) struct Running {
     worker: Arc<Worker>,
     thread: thread::JoinHandle<()>,
+}
+
+impl Running {
+    /// Starts one more thread for a queue, unless that has enough.
+    pub(super) fn begin(running: &mut Vec<Self>, worker: &Arc<Worker>) -> io::Result<()> {
+        if !worker.expect_thread() {
+            return Ok(());
+        }
+        let name = format!("virtio-fs:{}", worker.index());
+        let body = worker.clone();
+        let thread = thread::Builder::new().name(name).spawn(move || body.run());
+        let thread = thread.inspect_err(|_| worker.expect_no_thread())?;
+        running.push(Self { worker: worker.clone(), thread });
+        Ok(())
+    }
 }
 
 impl FsDevice {
@@ -65,14 +81,13 @@ impl FsDevice {
     ///
     /// # Errors
     ///
-    /// The host's, when there are no file descriptors left.
+    /// The host's.
     pub fn new(
         config: Config,
         server: Arc<dyn Server>,
         window: Option<Window>,
     ) -> io::Result<Self> {
         let count = usize::from(HIPRIO_QUEUES + config.request_queues());
-        let doorbell = |_| EventFd::new(EFD_CLOEXEC).map(Arc::new);
         let grows = window.as_ref().is_some_and(|it| it.dax.size() < it.dax.max_size());
         Ok(Self {
             config,
@@ -82,9 +97,23 @@ impl FsDevice {
             told: AtomicU64::new(0),
             listener: Mutex::default(),
             queue_sizes: vec![QUEUE_SIZE; count],
-            doorbells: (0..count).map(doorbell).collect::<io::Result<_>>()?,
-            running: Mutex::default(),
+            dispatch: Dispatch::default(),
+            doorbells: (0..count).map(|_| Mutex::default()).collect(),
+            counts: (0..count).map(|_| Arc::default()).collect(),
+            running: Arc::default(),
         })
+    }
+
+    /// The same, whose requests are served by those that `dispatch` says.
+    #[must_use]
+    pub fn with_dispatch(mut self, dispatch: Dispatch) -> Self {
+        self.dispatch = dispatch;
+        self
+    }
+
+    /// How requests were served.
+    pub fn statistics(&self) -> Statistics {
+        self.counts.iter().fold(Statistics::default(), |sum, counts| counts.add_to(sum))
     }
 
     /// The window has grown: tells the driver, if it is one that wants to know, and says whether it is. Any
@@ -114,20 +143,22 @@ impl FsDevice {
     fn start(&self, activation: Activation) -> io::Result<()> {
         let mut running = lock(&self.running);
         for active in activation.queues {
-            let Some(doorbell) = self.doorbells.get(usize::from(active.index)) else {
+            let index = usize::from(active.index);
+            let (Some(doorbell), Some(counts)) =
+                (self.doorbells.get(index), self.counts.get(index))
+            else {
                 continue;
             };
-            let name = format!("virtio-fs:{}", active.index);
-            let worker = Arc::new(Worker::new(
-                active,
-                activation.memory.clone(),
-                activation.interrupts.clone(),
-                self.server.clone(),
-                doorbell.clone(),
-            ));
-            let body = worker.clone();
-            let thread = thread::Builder::new().name(name).spawn(move || body.run())?;
-            running.push(Running { worker, thread });
+            let service = Service {
+                memory: activation.memory.clone(),
+                interrupts: activation.interrupts.clone(),
+                server: self.server.clone(),
+                dispatch: self.dispatch,
+                running: Arc::downgrade(&self.running),
+            };
+            let worker = Arc::new(Worker::new(active, service, counts.clone()));
+            Running::begin(&mut running, &worker)?;
+            *lock(doorbell) = Some(worker);
         }
         Ok(())
     }
@@ -135,6 +166,10 @@ impl FsDevice {
     /// Stops and joins all workers. The lock is held until the last one is gone, so that whoever comes
     /// second does not return earlier.
     fn stop(&self) {
+        for doorbell in &self.doorbells {
+            // Who has it already finds it stopped.
+            *lock(doorbell) = None;
+        }
         let mut running = lock(&self.running);
         for one in running.iter() {
             one.worker.stop();
@@ -189,11 +224,10 @@ impl VirtioDevice for FsDevice {
     }
 
     fn notify(&self, queue: u16) {
-        if let Some(doorbell) = self.doorbells.get(usize::from(queue)) {
-            // The counter cannot be full: that takes 2^64 notifications that no worker reads.
-            if let Err(error) = doorbell.write(1) {
-                log::error!("a doorbell does not ring: {error}");
-            }
+        let Some(doorbell) = self.doorbells.get(usize::from(queue)) else { return };
+        let worker = lock(doorbell).clone();
+        if let Some(worker) = worker {
+            worker.ring();
         }
     }
 

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod device;
+mod dispatch;
 mod worker;
 
 #[cfg(test)]
@@ -12,6 +13,7 @@ use crate::memory::GuestBuffer;
 
 pub use config::{Config, ConfigError, VIRTIO_FS_F_WINDOW_GROWS};
 pub use device::{FsDevice, Window};
+pub use dispatch::{Dispatch, Statistics};
 
 /// What answers the requests. Knows nothing of virtio.
 pub trait Server: Send + Sync {
@@ -28,6 +30,28 @@ pub trait Server: Send + Sync {
 
     /// Serves one request of the high priority queue (5.11.6.2). Must not wait for other requests.
     fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32;
+
+    /// As [`serve`](Self::serve), for a thread that must not wait, because it is a vCPU's. `None` when it would have
+    /// to: then nothing was done, and the request is served by [`serve`](Self::serve) on another thread.
+    fn serve_at_once(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: &dyn Deferral,
+    ) -> Option<Served> {
+        let _ = (request, reply, deferral);
+        None
+    }
+
+    /// The same for the high priority queue.
+    fn serve_urgent_at_once(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+    ) -> Option<u32> {
+        let _ = (request, reply);
+        None
+    }
 
     /// Forgets the session: the driver has reset the device. No request is being served. Those that were to
     /// be answered later are not any more: their completions have no effect. Idempotent.
@@ -53,6 +77,23 @@ impl Server for crate::fuse::Session {
 
     fn serve_urgent(&self, request: &GuestBuffer<'_>, reply: &GuestBuffer<'_>) -> u32 {
         self.serve_urgent(request, reply)
+    }
+
+    fn serve_at_once(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+        deferral: &dyn Deferral,
+    ) -> Option<Served> {
+        self.serve_at_once(request, reply, deferral)
+    }
+
+    fn serve_urgent_at_once(
+        &self,
+        request: &GuestBuffer<'_>,
+        reply: &GuestBuffer<'_>,
+    ) -> Option<u32> {
+        self.serve_urgent_at_once(request, reply)
     }
 
     fn reset(&self) {

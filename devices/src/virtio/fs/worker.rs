@@ -1,16 +1,17 @@
-//! Serving one queue.
+//! Serving one queue: by the vCPUs that ring its doorbell, and by threads.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::Server;
-use super::device::HIPRIO_QUEUES;
+use super::device::{HIPRIO_QUEUES, Running};
+use super::dispatch::{BATCH, Counts, DEEP, Dispatch, MOST_THREADS};
 use crate::fuse::{Completion, Deferral, Served};
-use crate::memory::{AtomicGuestMemory, BufferPlace};
+use crate::memory::{AtomicGuestMemory, BufferPlace, GuestMemory};
 use crate::sync::lock;
 use crate::virtio::queue::{Chain, Queue, QueueError};
 use crate::virtio::{ActiveQueue, Interrupts};
@@ -26,141 +27,383 @@ enum ServiceError {
     Panic,
 }
 
+/// What a queue is served with, whatever it is.
+pub(super) struct Service {
+    pub(super) memory: AtomicGuestMemory,
+    pub(super) interrupts: Arc<dyn Interrupts>,
+    pub(super) server: Arc<dyn Server>,
+    pub(super) dispatch: Dispatch,
+    /// The threads of all queues of the device. Gone with the device.
+    pub(super) running: Weak<Mutex<Vec<Running>>>,
+}
+
 /// One queue and all it takes to serve it, from activation to reset.
+///
+/// Its requests are taken by the vCPUs that [ring](Self::ring), and by threads that [run](Self::run) it. All of them
+/// take from the same ring, in order; what a vCPU finds that it would have to wait for it leaves to the threads, which
+/// take that first. The driver is asked to ring for the next request before a request is served that may have to be
+/// waited for, and when the ring is empty: so there is always somebody who looks, and nobody rings for a thread that
+/// looks anyway.
 pub(super) struct Worker {
     index: u16,
+    service: Service,
+    counts: Arc<Counts>,
     /// Held for the moments a request is taken or given back, never while one is served.
-    queue: Mutex<Queue>,
-    memory: AtomicGuestMemory,
-    interrupts: Arc<dyn Interrupts>,
-    server: Arc<dyn Server>,
-    doorbell: Arc<EventFd>,
+    line: Mutex<Line>,
+    /// Where threads wait for a call.
+    called: Condvar,
+    /// vCPUs that are serving.
+    inside: AtomicUsize,
+    /// Where the end of that is waited for.
+    left: Condvar,
     /// The device is being reset, or the queue is broken: take no more requests and give none back.
     stopped: AtomicBool,
 }
 
+/// The queue, and who is there to serve it.
+struct Line {
+    queue: Queue,
+    /// Heads of requests that a vCPU would have had to wait for. Never more than the queue is long.
+    handed_over: VecDeque<u16>,
+    threads: usize,
+    /// Of the threads, such as wait for a call and were not called.
+    idle: usize,
+    /// Calls that no thread has heard yet.
+    calls: usize,
+    /// Of the threads, such as serve what they may have to wait for.
+    waiting: usize,
+}
+
+impl Line {
+    /// Whether one more thread would be of use; with `deep`, because there is much to do.
+    fn wants_thread(&self, deep: bool) -> bool {
+        self.idle == 0
+            && self.threads < MOST_THREADS
+            && (deep || self.waiting >= self.threads || self.handed_over.len() > usize::from(DEEP))
+    }
+}
+
+/// A request that a thread has taken.
+struct Task<'m> {
+    chain: Chain<'m>,
+    /// A vCPU has found that it may have to be waited for.
+    waits: bool,
+}
+
 impl Worker {
-    pub(super) fn new(
-        active: ActiveQueue,
-        memory: AtomicGuestMemory,
-        interrupts: Arc<dyn Interrupts>,
-        server: Arc<dyn Server>,
-        doorbell: Arc<EventFd>,
-    ) -> Self {
+    pub(super) fn new(active: ActiveQueue, service: Service, counts: Arc<Counts>) -> Self {
+        let line = Line {
+            handed_over: VecDeque::with_capacity(active.queue.size().into()),
+            queue: active.queue,
+            threads: 0,
+            idle: 0,
+            calls: 0,
+            waiting: 0,
+        };
         Self {
             index: active.index,
-            queue: Mutex::new(active.queue),
-            memory,
-            interrupts,
-            server,
-            doorbell,
+            service,
+            counts,
+            line: Mutex::new(line),
+            called: Condvar::new(),
+            inside: AtomicUsize::new(0),
+            left: Condvar::new(),
             stopped: AtomicBool::new(false),
         }
     }
 
-    /// The thread's body: serves the queue whenever the doorbell rings, until [`stop`](Self::stop).
+    /// The number of its queue.
+    pub(super) fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// One more thread is about to [run](Self::run) it; `false` when it has enough.
+    pub(super) fn expect_thread(&self) -> bool {
+        let mut line = lock(&self.line);
+        let room = line.threads < MOST_THREADS;
+        line.threads += usize::from(room);
+        room
+    }
+
+    /// That one will not come.
+    pub(super) fn expect_no_thread(&self) {
+        lock(&self.line).threads -= 1;
+    }
+
+    /// The body of a thread: serves the queue until [`stop`](Self::stop). The first round is for what the driver put
+    /// in the queue before it was ready.
     pub(super) fn run(self: &Arc<Self>) {
-        // The first round is for what the driver put in the queue before it was ready.
         while !self.stopped() {
-            self.service_queue();
-            if self.stopped() {
-                break;
-            }
-            if let Err(error) = self.doorbell.read()
-                && error.raw_os_error() != Some(libc::EINTR)
-            {
-                self.give_up(&format_args!("its doorbell is broken: {error}"));
+            let more = self.serve_next().and_then(|served| match served {
+                true => Ok(()),
+                false => Ok(self.wait_for_call()?),
+            });
+            if let Err(error) = more {
+                self.give_up(&error);
             }
         }
     }
 
-    /// Ends [`run`](Self::run) after the request it is busy with. Requests that were to be answered later are
-    /// not any more: when this returns, none of them touches guest memory or interrupts. Idempotent.
+    /// The doorbell was rung, by the vCPU whose thread this is. Serves what it need not wait for, or leaves it to the
+    /// threads. What goes wrong ends this queue, and the driver is told.
+    pub(super) fn ring(self: &Arc<Self>) {
+        let thread_wanted = match self.service.dispatch {
+            Dispatch::Worker => Ok(self.leave_to_threads()),
+            Dispatch::Auto | Dispatch::Inline => self.serve_inline(),
+        };
+        match thread_wanted {
+            Ok(false) => {}
+            Ok(true) => self.add_thread(),
+            Err(error) => self.give_up(&error),
+        }
+    }
+
+    /// Takes no more requests and gives none back. Threads end after the request that each is busy with. Requests
+    /// that were to be answered later are not any more; when this returns, neither they nor a vCPU touch guest memory
+    /// or interrupts. Idempotent.
     pub(super) fn stop(&self) {
-        self.stopped.store(true, Ordering::Release);
-        // Waits for the one that is being answered at this moment: see `complete_later`.
-        drop(lock(&self.queue));
-        if let Err(error) = self.doorbell.write(1) {
-            log::error!("a doorbell does not ring: {error}");
+        self.stopped.store(true, Ordering::SeqCst);
+        // Waits for the request that is being answered later at this moment: see `complete_later`.
+        let mut line = lock(&self.line);
+        self.called.notify_all();
+        while self.inside.load(Ordering::SeqCst) > 0 {
+            line = self.left.wait(line).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn stopped(&self) -> bool {
-        self.stopped.load(Ordering::Acquire)
-    }
-
-    /// Serves all that is in the queue, and returns when it is empty and the driver is to notify of the
-    /// next request. Any thread may call this, several at a time. What goes wrong ends this queue, and the
-    /// driver is told.
-    pub(super) fn service_queue(self: &Arc<Self>) {
-        if let Err(error) = self.serve_all() {
-            self.give_up(&error);
-        }
+        self.stopped.load(Ordering::SeqCst)
     }
 
     fn give_up(&self, reason: &dyn std::fmt::Display) {
         log::warn!("queue {} of a file system stops: {reason}", self.index);
-        self.stopped.store(true, Ordering::Release);
-        self.interrupts.needs_reset();
+        self.stopped.store(true, Ordering::SeqCst);
+        self.service.interrupts.needs_reset();
+        // So that no thread goes to sleep that has not seen it.
+        let _line = lock(&self.line);
+        self.called.notify_all();
     }
 
-    fn serve_all(self: &Arc<Self>) -> Result<(), ServiceError> {
-        loop {
-            // Rings are always RAM, so any snapshot has them at the same place.
-            lock(&self.queue).disable_notification(&self.memory.memory())?;
-            while self.serve_next()? {}
-            let more = lock(&self.queue).enable_notification(&self.memory.memory())?;
-            if !more || self.stopped() {
-                return Ok(());
+    /// Wakes a thread that waits for a call; `false` when there is none.
+    fn call(&self, line: &mut Line) -> bool {
+        if line.idle == 0 {
+            return false;
+        }
+        line.idle -= 1;
+        line.calls += 1;
+        self.called.notify_one();
+        true
+    }
+
+    /// Sleeps until there is something to do, or the queue stops.
+    fn wait_for_call(&self) -> Result<(), QueueError> {
+        let memory = self.service.memory.memory();
+        let mut line = lock(&self.line);
+        if line.queue.enable_notification(&memory)? || !line.handed_over.is_empty() {
+            return Ok(());
+        }
+        // Not to be kept while it sleeps: a window may move.
+        drop(memory);
+        line.idle += 1;
+        while line.calls == 0 && !self.stopped() {
+            line = self.called.wait(line).unwrap_or_else(PoisonError::into_inner);
+        }
+        line.calls = line.calls.saturating_sub(1);
+        Ok(())
+    }
+
+    /// Has one more thread serve the queue.
+    fn add_thread(self: &Arc<Self>) {
+        let Some(running) = self.service.running.upgrade() else {
+            return;
+        };
+        // Whoever has it stops the threads, or adds another: there is no need to wait for either.
+        if let Ok(mut running) = running.try_lock()
+            && !self.stopped()
+            && let Err(error) = Running::begin(&mut running, self)
+        {
+            log::debug!("a file system goes on with fewer threads: {error}");
+        }
+    }
+
+    /// Has threads serve what is in the queue. `true` when one more would be of use.
+    fn leave_to_threads(&self) -> bool {
+        let memory = self.service.memory.memory();
+        let mut line = lock(&self.line);
+        if self.stopped() || self.call(&mut line) {
+            return false;
+        }
+        // A queue that is broken is found to be so by the thread.
+        let depth = line.queue.waiting(&memory).unwrap_or(0);
+        line.wants_thread(depth > DEEP)
+    }
+
+    /// Serves what a vCPU need not wait for. `true` when one more thread would be of use.
+    fn serve_inline(self: &Arc<Self>) -> Result<bool, ServiceError> {
+        let _inside = Inside::enter(self);
+        let mut thread_wanted = false;
+        for _ in 0..BATCH {
+            // A snapshot for each request: a guest that moves the window has no request in it meanwhile, and
+            // one that does gets the old place.
+            let memory = self.service.memory.memory();
+            let Some(chain) = self.take_inline(&memory, &mut thread_wanted)? else {
+                return Ok(thread_wanted);
+            };
+            match self.serve_at_once(&chain)? {
+                Some(served) => {
+                    Counts::add(&self.counts.inline);
+                    self.complete(&memory, &chain, served)?;
+                }
+                None => {
+                    Counts::add(&self.counts.handed_over);
+                    let mut line = lock(&self.line);
+                    line.handed_over.push_back(chain.head);
+                    thread_wanted |= !self.call(&mut line) && line.wants_thread(false);
+                }
             }
         }
+        Ok(self.leave_to_threads() | thread_wanted)
     }
 
-    /// Serves one request; `false` when there is none.
-    fn serve_next(self: &Arc<Self>) -> Result<bool, ServiceError> {
+    /// The next request for a vCPU. `None` when there is none, or so many that threads serve them, of which one more
+    /// may be of use.
+    fn take_inline<'m>(
+        &self,
+        memory: &'m GuestMemory,
+        thread_wanted: &mut bool,
+    ) -> Result<Option<Chain<'m>>, QueueError> {
+        let mut line = lock(&self.line);
         if self.stopped() {
-            return Ok(false);
+            return Ok(None);
         }
-        // A snapshot for each request: a guest that moves the window has no request in it meanwhile, and
-        // one that does gets the old place.
-        let memory = self.memory.memory();
-        let Some(chain) = lock(&self.queue).pop(&memory)? else {
+        let mut depth = line.queue.waiting(memory)?;
+        if depth == 0 && line.queue.enable_notification(memory)? {
+            depth = line.queue.waiting(memory)?;
+        }
+        if depth > DEEP && self.service.dispatch == Dispatch::Auto {
+            let one_more = line.wants_thread(true);
+            *thread_wanted |= one_more;
+            if self.call(&mut line) || one_more || line.waiting < line.threads {
+                return Ok(None);
+            }
+        }
+        let chain = line.queue.pop(memory)?;
+        // The last one: the driver is to ring for the next.
+        if depth == 1 {
+            line.queue.enable_notification(memory)?;
+        }
+        Ok(chain)
+    }
+
+    /// Serves one request on a thread; `false` when there is none.
+    fn serve_next(self: &Arc<Self>) -> Result<bool, ServiceError> {
+        let memory = self.service.memory.memory();
+        let Some(task) = self.take(&memory)? else {
             return Ok(false);
         };
-        let Some(written) = self.serve(&chain)? else {
+        let at_once = if task.waits { None } else { self.serve_at_once(&task.chain)? };
+        Counts::add(&self.counts.by_threads);
+        if let Some(served) = at_once {
+            self.complete(&memory, &task.chain, served)?;
             return Ok(true);
-        };
-        // The driver learns of this request before the next one is begun, because that one may take as
-        // long as a disk does. That still makes one interrupt for a batch: the driver says with EVENT_IDX
-        // from which request on it wants the next one, and moves that on when it has looked.
-        let mut queue = lock(&self.queue);
-        queue.complete(&memory, chain.head, written)?;
-        let interrupt = queue.interrupt_wanted(&memory)?;
-        drop(queue);
-        if interrupt {
-            self.interrupts.queue(self.index);
         }
+        if self.begin_to_wait(&memory)? {
+            self.add_thread();
+        }
+        let served = self.serve(&task.chain);
+        lock(&self.line).waiting -= 1;
+        self.complete(&memory, &task.chain, served?)?;
         Ok(true)
     }
 
-    /// Serves what was taken from the queue; `None` when it is given back later.
-    fn serve(self: &Arc<Self>, chain: &Chain<'_>) -> Result<Option<u32>, ServiceError> {
-        let serve = || {
-            if self.index < HIPRIO_QUEUES {
-                Served::Done(self.server.serve_urgent(&chain.readable, &chain.writable))
-            } else {
-                let deferral = ChainDeferral { worker: self, chain };
-                self.server.serve(&chain.readable, &chain.writable, &deferral)
-            }
-        };
-        let served = catch_unwind(AssertUnwindSafe(serve)).map_err(|_| ServiceError::Panic)?;
-        Ok(match served {
+    fn take<'m>(&self, memory: &'m GuestMemory) -> Result<Option<Task<'m>>, QueueError> {
+        let mut line = lock(&self.line);
+        if self.stopped() {
+            return Ok(None);
+        }
+        if let Some(head) = line.handed_over.pop_front() {
+            return Ok(Some(Task { chain: line.queue.again(memory, head)?, waits: true }));
+        }
+        if line.queue.waiting(memory)? > DEEP {
+            self.call(&mut line);
+        }
+        let chain = line.queue.pop(memory)?;
+        Ok(chain.map(|chain| Task { chain, waits: false }))
+    }
+
+    /// A thread is about to serve what may have to be waited for: somebody else is to look at the queue meanwhile.
+    /// `true` when there is something to do already, and nobody for it.
+    fn begin_to_wait(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let mut line = lock(&self.line);
+        line.waiting += 1;
+        let more = line.queue.enable_notification(memory)? || !line.handed_over.is_empty();
+        Ok(more && !self.call(&mut line) && line.wants_thread(false))
+    }
+
+    /// Gives a request back that was served. The driver learns of it before the next one is begun, because that one may
+    /// take as long as a disk does. That still makes one interrupt for a batch: the driver says with EVENT_IDX from
+    /// which request on it wants the next one, and moves that on when it has looked.
+    fn complete(
+        &self,
+        memory: &GuestMemory,
+        chain: &Chain<'_>,
+        served: Served,
+    ) -> Result<(), QueueError> {
+        match served {
             // More than there is room for was not written, whatever the server says.
             Served::Done(written) => {
-                Some(u32::try_from(chain.writable.len()).map_or(written, |room| written.min(room)))
+                let room = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
+                self.give_back(memory, lock(&self.line), chain.head, written.min(room))
             }
-            Served::Later => None,
-        })
+            // Somebody else gives it back.
+            Served::Later => Ok(()),
+        }
+    }
+
+    fn give_back(
+        &self,
+        memory: &GuestMemory,
+        mut line: std::sync::MutexGuard<'_, Line>,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        if self.stopped() {
+            return Ok(());
+        }
+        line.queue.complete(memory, head, written)?;
+        if line.queue.interrupt_wanted(memory)? {
+            self.service.interrupts.queue(self.index);
+        }
+        Ok(())
+    }
+
+    fn is_urgent(&self) -> bool {
+        self.index < HIPRIO_QUEUES
+    }
+
+    fn serve(self: &Arc<Self>, chain: &Chain<'_>) -> Result<Served, ServiceError> {
+        let Chain { readable, writable, .. } = chain;
+        let serve = || match self.is_urgent() {
+            true => Served::Done(self.service.server.serve_urgent(readable, writable)),
+            false => {
+                let deferral = ChainDeferral { worker: self, chain };
+                self.service.server.serve(readable, writable, &deferral)
+            }
+        };
+        catch_unwind(AssertUnwindSafe(serve)).map_err(|_| ServiceError::Panic)
+    }
+
+    /// `None` when it would have to be waited for.
+    fn serve_at_once(self: &Arc<Self>, chain: &Chain<'_>) -> Result<Option<Served>, ServiceError> {
+        let Chain { readable, writable, .. } = chain;
+        let serve = || match self.is_urgent() {
+            true => self.service.server.serve_urgent_at_once(readable, writable).map(Served::Done),
+            false => {
+                let deferral = ChainDeferral { worker: self, chain };
+                self.service.server.serve_at_once(readable, writable, &deferral)
+            }
+        };
+        catch_unwind(AssertUnwindSafe(serve)).map_err(|_| ServiceError::Panic)
     }
 
     /// Writes the reply of a request that was to be answered later, and gives the request back.
@@ -168,22 +411,40 @@ impl Worker {
     /// All of it happens under the queue's lock, so that [`stop`](Self::stop) finds either nothing begun or
     /// all done.
     fn complete_later(&self, request: &LaterRequest, reply: &[u8]) -> Result<(), QueueError> {
-        let mut queue = lock(&self.queue);
+        let line = lock(&self.line);
         if self.stopped() {
             return Ok(());
         }
-        let memory = self.memory.memory();
+        let memory = self.service.memory.memory();
         let write = |place: &BufferPlace| place.buffer(&memory)?.write_at(0, reply);
         // A driver that has moved the memory away under its own request gets it back without a reply.
         let written = match (write(&request.place), u32::try_from(reply.len())) {
             (Ok(()), Ok(len)) => len,
             _ => 0,
         };
-        queue.complete(&memory, request.head, written)?;
-        if queue.interrupt_wanted(&memory)? {
-            self.interrupts.queue(self.index);
+        self.give_back(&memory, line, request.head, written)
+    }
+}
+
+/// A vCPU is serving, until this is dropped.
+struct Inside<'w>(&'w Worker);
+
+impl<'w> Inside<'w> {
+    /// Before it looks whether the queue has stopped: whoever stops it then looks whether somebody is inside.
+    fn enter(worker: &'w Worker) -> Self {
+        worker.inside.fetch_add(1, Ordering::SeqCst);
+        Self(worker)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.inside.fetch_sub(1, Ordering::SeqCst);
+        if self.0.stopped() {
+            // Who waits has either seen it or waits already.
+            drop(lock(&self.0.line));
+            self.0.left.notify_all();
         }
-        Ok(())
     }
 }
 

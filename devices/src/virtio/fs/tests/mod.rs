@@ -1,8 +1,10 @@
 //! The device, and the whole way of a request: from a descriptor chain to a host file and back.
 
+mod costs;
 mod dax;
 mod device;
 mod direct;
+mod dispatch;
 mod frames;
 mod identity;
 mod locks;
