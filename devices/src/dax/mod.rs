@@ -88,6 +88,26 @@ pub trait DaxWindow: Send + Sync {
         writable: bool,
     ) -> io::Result<()>;
 
+    /// Does the same with the file that is mapped at `like`, for the same owner and with the same access, without
+    /// asking the host anything about it. `None`, and nothing was done, when no such file is mapped there, or what is
+    /// to be mapped begins past its end, as far as that is known.
+    ///
+    /// # Errors
+    ///
+    /// As [`map_for`](Self::map_for).
+    fn map_like(
+        &self,
+        like: u64,
+        owner: u32,
+        offset: u64,
+        len: u64,
+        file_offset: u64,
+        writable: bool,
+    ) -> Option<io::Result<()>> {
+        let _ = (like, owner, offset, len, file_offset, writable);
+        None
+    }
+
     /// Takes the way to their files from all writable mappings of an owner, or gives it back.
     ///
     /// Without it, a mapping shows its file as before, and what the guest stores there is the guest's own: in

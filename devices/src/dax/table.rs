@@ -25,6 +25,13 @@ pub(super) struct Backing {
     pub(super) lost: AtomicBool,
 }
 
+impl Backing {
+    /// Another file may take its place: see [`Opened::backing`].
+    pub(super) fn may_be_copied_up(&self) -> bool {
+        self.copied_up.is_some()
+    }
+}
+
 /// Which file it is, and whether its descriptor is open for writing.
 pub(super) type Key = (u64, u64, bool);
 

@@ -370,6 +370,38 @@ impl Window {
         }
     }
 
+    /// Checks where something is to be mapped, and of which part of its file.
+    fn check_mapping(&self, offset: u64, len: u64, file_offset: u64) -> io::Result<()> {
+        self.check(offset, len)?;
+        match file_offset.checked_add(len) {
+            Some(end) if file_offset.is_multiple_of(PAGE) && end <= i64::MAX as u64 => Ok(()),
+            _ => Err(invalid()),
+        }
+    }
+
+    /// Maps what was checked, over whatever was there.
+    fn enter(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        offset: u64,
+        mapping: Mapping,
+    ) -> io::Result<()> {
+        let len = mapping.len;
+        let then = state.count_without(offset, len) + 1;
+        self.check_count(&mut state, then)?;
+        let placed = self.place(offset, &mapping);
+        let mut before = Vec::new();
+        match placed {
+            Ok(()) => before = state.insert(offset, mapping),
+            Err(_) => self.restore(&mut state, offset, len),
+        }
+        self.settle(&mut state);
+        // Closes files, which may block: without the lock.
+        drop(state);
+        drop(before);
+        placed
+    }
+
     /// Refuses what would leave too many mappings, when it leaves more than there are. Draws what it needs
     /// from the budget; [`settle`](Self::settle) gives back what is not needed after all.
     pub(super) fn check_count(&self, state: &mut State, then: usize) -> io::Result<()> {
@@ -498,6 +530,10 @@ fn try_mapping(file: &OwnedFd, writable: bool) -> io::Result<()> {
     Ok(())
 }
 
+fn access(writable: bool) -> Access {
+    if writable { Access::Write } else { Access::Read }
+}
+
 fn protection(writable: bool) -> ProtFlags {
     if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ }
 }
@@ -520,11 +556,7 @@ impl DaxWindow for Window {
         file_offset: u64,
         writable: bool,
     ) -> io::Result<()> {
-        self.check(offset, len)?;
-        match file_offset.checked_add(len) {
-            Some(end) if file_offset.is_multiple_of(PAGE) && end <= i64::MAX as u64 => {}
-            _ => return Err(invalid()),
-        }
+        self.check_mapping(offset, len, file_offset)?;
         let opened = Opened::new(file, writable)?;
         let known = self.state().known(&opened);
         let file = match known {
@@ -532,25 +564,34 @@ impl DaxWindow for Window {
             None => Arc::new(opened.backing(file, |fd| try_mapping(fd, writable))?),
         };
         let mut state = self.state();
-        let then = state.count_without(offset, len) + 1;
-        self.check_count(&mut state, then)?;
         // Another thread may have been first.
         let file = state.known(&opened).unwrap_or(file);
         state.add_file(&file);
         let known_end = page_end(&opened.stat);
-        let access = if writable { Access::Write } else { Access::Read };
+        let access = access(writable);
         let mapping = Mapping { owner, access, len, file, file_offset, known_end, shown: len };
-        let placed = self.place(offset, &mapping);
-        let mut before = Vec::new();
-        match placed {
-            Ok(()) => before = state.insert(offset, mapping),
-            Err(_) => self.restore(&mut state, offset, len),
-        }
-        self.settle(&mut state);
-        // Closes files, which may block: without the lock.
-        drop(state);
-        drop(before);
-        placed
+        self.enter(state, offset, mapping)
+    }
+
+    fn map_like(
+        &self,
+        like: u64,
+        owner: u32,
+        offset: u64,
+        len: u64,
+        file_offset: u64,
+        writable: bool,
+    ) -> Option<io::Result<()>> {
+        let state = self.state();
+        let there = state.mappings.get(&like).filter(|mapping| {
+            mapping.owner == owner
+                && mapping.access == access(writable)
+                && !mapping.file.may_be_copied_up()
+                && file_offset < mapping.known_end
+        })?;
+        let mapping = Mapping { len, file_offset, shown: len, ..there.clone() };
+        let checked = self.check_mapping(offset, len, file_offset);
+        Some(checked.and_then(|()| self.enter(state, offset, mapping)))
     }
 
     fn set_writable(&self, owner: u32, writable: bool) {

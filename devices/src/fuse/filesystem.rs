@@ -289,13 +289,23 @@ pub trait FileSystem: Send + Sync {
     fn removexattr(&self, caller: Caller, name: &CStr) -> Result<()>;
 
     /// SETUPMAPPING: opens the caller's node, a regular file, for reading and, when the mapping is `writable`,
-    /// for writing, and calls `place` with it at most once, which maps it. The authority is the node id; no
-    /// handle counts. The number says on whose behalf it is mapped, where several file systems share a window:
-    /// see [`DaxWindow::set_writable`](crate::dax::DaxWindow::set_writable).
-    fn map(
-        &self,
-        caller: Caller,
-        writable: bool,
-        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
-    ) -> Result<()>;
+    /// for writing, and has `place` map it, at most once. Where the file cannot be another than the one that is mapped
+    /// of the node already, it need not be opened ([`Placement::more`]). The authority is the node id; no
+    /// handle counts.
+    fn map(&self, caller: Caller, writable: bool, place: &mut dyn Placement) -> Result<()>;
+}
+
+/// The place in the window where [`FileSystem::map`] has a file mapped. `owner` says on whose behalf, where several file
+/// systems share a window: see [`DaxWindow::set_writable`](crate::dax::DaxWindow::set_writable).
+pub trait Placement {
+    /// Maps a file.
+    ///
+    /// # Errors
+    ///
+    /// The window's.
+    fn file(&mut self, file: BorrowedFd<'_>, owner: u32) -> Result<()>;
+
+    /// Maps more of the file that is mapped of the caller's node already, for the same owner and kind of access: by
+    /// one system call. `None` when nothing is, or the host has to be asked how long the file is by now.
+    fn more(&mut self, owner: u32) -> Option<Result<()>>;
 }

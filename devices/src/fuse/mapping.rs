@@ -4,7 +4,9 @@
 //! the end of the file; a read-only range becomes writable by a second SETUPMAPPING over it; an unmount takes
 //! nothing away, so the session does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,7 +17,7 @@ use super::abi::{
 };
 use super::counters::Counters;
 use super::errno::{Errno, Result};
-use super::filesystem::{Caller, FileSystem};
+use super::filesystem::{Caller, FileSystem, Placement};
 use super::request::Decoder;
 use crate::dax::DaxWindow;
 
@@ -36,6 +38,9 @@ struct State {
     epoch: u64,
     /// By offset in the window. Never more than one entry a page of the window.
     live: BTreeMap<u64, Mapped>,
+    /// For each node and kind of access that is mapped, where in the window it was mapped last; not for all, when
+    /// some of its ranges went.
+    latest: HashMap<(u64, bool), u64>,
 }
 
 impl State {
@@ -51,13 +56,18 @@ impl State {
         self.drop_range(request.moffset, end);
         let mapped = Mapped { len: request.len, nodeid, foffset: request.foffset, writable };
         self.live.insert(request.moffset, mapped);
+        self.latest.insert((nodeid, writable), request.moffset);
         upgrade
     }
 
     fn drop_range(&mut self, from: u64, to: u64) {
         while let Some((at, _)) = self.live.range(from..to).next() {
             let at = *at;
-            self.live.remove(&at);
+            let Some(gone) = self.live.remove(&at) else { continue };
+            let key = (gone.nodeid, gone.writable);
+            if self.latest.get(&key) == Some(&at) {
+                self.latest.remove(&key);
+            }
         }
     }
 }
@@ -85,6 +95,7 @@ impl Mappings {
         let mut state = self.state();
         state.epoch += 1;
         state.live.clear();
+        state.latest.clear();
         counters.dax_live.store(0, Relaxed);
         self.window.clear();
     }
@@ -152,20 +163,19 @@ impl Mappings {
         }
         // Before the file is opened, see `clear`.
         let epoch = self.state().epoch;
-        let mut upgrade = false;
-        // Opening may block (a network file system), so it is done outside the lock. What is asked of the
-        // host under it is about a file that was just opened: `fstat`, and for a new one a trial `mmap`.
-        fs.map(caller, writable, &mut |file, owner| {
-            let mut state = self.state();
-            if state.epoch != epoch {
-                return Err(Errno::IO);
-            }
-            let (at, len, from) = (request.moffset, request.len, request.foffset);
-            self.window.map_for(owner, at, len, file, from, writable)?;
-            upgrade = state.note(caller.nodeid, request, end, writable);
-            counters.dax_live.store(state.live.len() as u64, Relaxed);
-            Ok(())
-        })?;
+        let nodeid = caller.nodeid;
+        let mut place = Place {
+            mappings: self,
+            counters,
+            nodeid,
+            request,
+            end,
+            writable,
+            epoch,
+            upgrade: false,
+        };
+        fs.map(caller, writable, &mut place)?;
+        let upgrade = place.upgrade;
         // Not under the lock: it may take a while, and other ranges need not wait for that.
         self.window.mapped(request.moffset);
         Counters::add(&counters.dax_setups, 1);
@@ -197,5 +207,63 @@ impl Mappings {
         drop(state);
         Counters::add(&counters.dax_removes, ranges.len());
         Ok(())
+    }
+}
+
+/// Where one SETUPMAPPING maps.
+struct Place<'p> {
+    mappings: &'p Mappings,
+    counters: &'p Counters,
+    nodeid: u64,
+    /// Checked.
+    request: &'p SetupmappingIn,
+    /// Of the range in the window.
+    end: u64,
+    writable: bool,
+    epoch: u64,
+    /// It made a read-only range writable.
+    upgrade: bool,
+}
+
+impl Place<'_> {
+    /// Opening may block (a network file system), so it is done outside the lock. What is asked of the host under it
+    /// is about a file that was just opened: `fstat`, and for a new one a trial `mmap`.
+    fn map(
+        &mut self,
+        state: &mut State,
+        map: impl FnOnce(&dyn DaxWindow) -> io::Result<()>,
+    ) -> Result<()> {
+        if state.epoch != self.epoch {
+            return Err(Errno::IO);
+        }
+        map(&*self.mappings.window)?;
+        self.upgrade = state.note(self.nodeid, self.request, self.end, self.writable);
+        self.counters.dax_live.store(state.live.len() as u64, Relaxed);
+        Ok(())
+    }
+}
+
+impl Placement for Place<'_> {
+    fn file(&mut self, file: BorrowedFd<'_>, owner: u32) -> Result<()> {
+        let &SetupmappingIn { moffset, len, foffset, .. } = self.request;
+        let writable = self.writable;
+        self.map(&mut self.mappings.state(), |window| {
+            window.map_for(owner, moffset, len, file, foffset, writable)
+        })
+    }
+
+    fn more(&mut self, owner: u32) -> Option<Result<()>> {
+        let &SetupmappingIn { moffset, len, foffset, .. } = self.request;
+        let mut state = self.mappings.state();
+        let like = *state.latest.get(&(self.nodeid, self.writable))?;
+        let mut known = true;
+        let writable = self.writable;
+        let mapped = self.map(&mut state, |window| {
+            let mapped = window.map_like(like, owner, moffset, len, foffset, writable);
+            known = mapped.is_some();
+            // Not told to anybody.
+            mapped.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+        });
+        known.then_some(mapped)
     }
 }

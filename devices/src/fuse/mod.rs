@@ -25,7 +25,7 @@ pub mod session;
 pub use counters::{Counters, LATENCY_CLASSES, OperationCounts, latency_bound};
 pub use errno::{Errno, Result};
 pub use filesystem::{
-    Caller, DirectorySink, FileSystem, Listing, LockReply, Preferences, XattrReply,
+    Caller, DirectorySink, FileSystem, Listing, LockReply, Placement, Preferences, XattrReply,
 };
 pub use later::{Completion, Deferral, Interrupt, Pending, Served, Wait};
 pub use reply::Payload;

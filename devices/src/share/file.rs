@@ -14,7 +14,7 @@ use crate::fuse::abi::{
     CopyFileRangeIn, FallocateIn, Kstatfs, LseekIn, OpenOut, ReadIn, WRITE_CACHE,
     WRITE_KILL_SUIDGID, WriteIn,
 };
-use crate::fuse::{Caller, Errno, Payload, Result};
+use crate::fuse::{Caller, Errno, Payload, Placement, Result};
 
 /// The most that one COPY_FILE_RANGE copies, in bytes: a request must end some time, and the guest asks
 /// again for the rest.
@@ -338,12 +338,19 @@ impl Share {
         &self,
         caller: Caller,
         writable: bool,
-        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
+        place: &mut dyn Placement,
     ) -> Result<()> {
         let inode = self.inodes.get(caller.nodeid)?;
         inode.check_open_to_guests()?;
         if !inode.is_regular() {
             return Err(Errno::INVAL);
+        }
+        // A copy-up would have put another file in its place.
+        if !inode.identity.mount.overlay {
+            let _changing = writable.then(|| self.change()).transpose()?;
+            if let Some(mapped) = place.more(self.index) {
+                return mapped;
+            }
         }
         let found = self.file(&inode)?;
         let changing = match writable {
@@ -358,6 +365,6 @@ impl Share {
             // Also when it was opened for writing: held like that, the host could not run it (ETXTBSY).
             _ => self.open_quietly(&found, OFlags::RDONLY)?,
         };
-        place(file.as_fd(), self.index)
+        place.file(file.as_fd(), self.index)
     }
 }

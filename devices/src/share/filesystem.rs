@@ -1,7 +1,6 @@
 //! The share behind a FUSE session: which operation is done where.
 
 use std::ffi::CStr;
-use std::os::fd::BorrowedFd;
 
 use rustix::fs::AtFlags;
 
@@ -11,7 +10,8 @@ use crate::fuse::abi::{
     LkIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
 };
 use crate::fuse::{
-    Caller, DirectorySink, FileSystem, LockReply, Payload, Preferences, Result, Wait, XattrReply,
+    Caller, DirectorySink, FileSystem, LockReply, Payload, Placement, Preferences, Result, Wait,
+    XattrReply,
 };
 
 impl FileSystem for Share {
@@ -248,12 +248,7 @@ impl FileSystem for Share {
         self.remove_xattr(caller, name)
     }
 
-    fn map(
-        &self,
-        caller: Caller,
-        writable: bool,
-        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
-    ) -> Result<()> {
+    fn map(&self, caller: Caller, writable: bool, place: &mut dyn Placement) -> Result<()> {
         self.map_file(caller, writable, place)
     }
 }

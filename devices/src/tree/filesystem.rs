@@ -1,7 +1,6 @@
 //! The tree behind a FUSE session: what is answered here, and what by which member.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::directories::{PARENT, SELF, Target};
@@ -13,8 +12,8 @@ use crate::fuse::abi::{
     StatxOut, WriteIn,
 };
 use crate::fuse::{
-    Caller, Counters, DirectorySink, Errno, FileSystem, Listing, LockReply, Payload, Preferences,
-    Result, Wait, XattrReply,
+    Caller, Counters, DirectorySink, Errno, FileSystem, Listing, LockReply, Payload, Placement,
+    Preferences, Result, Wait, XattrReply,
 };
 use crate::share::{DaxPolicy, LockPolicy, NUMBER_BITS};
 use crate::sync::{read, write};
@@ -505,12 +504,7 @@ impl FileSystem for Tree {
         self.of_members(caller, Errno::ROFS, |member| member.share.removexattr(caller, name))
     }
 
-    fn map(
-        &self,
-        caller: Caller,
-        writable: bool,
-        place: &mut dyn FnMut(BorrowedFd<'_>, u32) -> Result<()>,
-    ) -> Result<()> {
+    fn map(&self, caller: Caller, writable: bool, place: &mut dyn Placement) -> Result<()> {
         self.of_members(caller, Errno::INVAL, |member| member.share.map(caller, writable, place))
     }
 }

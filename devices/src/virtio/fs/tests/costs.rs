@@ -153,3 +153,32 @@ fn attributes_and_names_that_are_known_ask_for_no_memory() {
         assert_eq!(calls, expected);
     }
 }
+
+#[test]
+fn more_of_a_file_that_is_mapped_is_one_system_call_and_so_is_taking_it_away() {
+    const RANGE: u64 = 2 << 20;
+    let mut machine = Machine::new(|options| options.dax = crate::share::DaxPolicy::Always);
+    let file = std::fs::File::create(machine.guest.path().join("file")).unwrap();
+    file.set_len(3 * RANGE).unwrap();
+    let node = machine.guest.node("file");
+    for flags in [SETUPMAPPING_READ, SETUPMAPPING_READ | SETUPMAPPING_WRITE] {
+        let setup = |range: u64| SetupmappingIn {
+            fh: u64::MAX,
+            foffset: range * RANGE,
+            len: RANGE,
+            flags,
+            moffset: range * RANGE,
+        };
+        machine.cost(Opcode::Setupmapping, node, &[setup(0).as_slice()], 0);
+        let (calls, _) = machine.cost(Opcode::Setupmapping, node, &[setup(1).as_slice()], 0);
+        if counts() {
+            assert_eq!(calls, [libc::SYS_mmap, INTERRUPT]);
+        }
+    }
+    // One range, at 0.
+    let remove = [1u32.to_ne_bytes().as_slice(), &[0; 8], &RANGE.to_ne_bytes()].concat();
+    let (calls, _) = machine.cost(Opcode::Removemapping, node, &[&remove], 0);
+    if counts() {
+        assert_eq!(calls, [libc::SYS_mmap, INTERRUPT]);
+    }
+}
