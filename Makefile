@@ -15,11 +15,11 @@ PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
            kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window tests/killed-waiter \
-           tests/suite \
+           tests/suite tests/bench \
            $(wildcard tests/suites/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build kernel demo test lint unit door suites-quick suites integration install tools
+.PHONY: help build kernel demo test lint unit door suites-quick suites integration bench install tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -49,6 +49,7 @@ lint: tools ## formatting, clippy, the scripts' syntax
 # Those of a share once more as on a host without file handles.
 unit: tools ## the tests that need no virtual machine
 	cargo test -j$(jobs) -p devices -p oriel -p oriel-init
+	cargo test -j$(jobs) -p integration --bin bench
 	ORIEL_TEST_BY_NAME=1 cargo test -j$(jobs) -p devices share::
 
 door: tools ## the tests of a share on /dev/fuse: here as root, else in the emulated machine
@@ -65,6 +66,9 @@ integration: build kernel ## the tests that boot guests: here if this machine ca
 	$(unpack)
 	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) --skip two_cpus
 	$(in_kvm) WITH_KVM_CPUS=2 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) two_cpus
+
+bench: tools ## Oriel beside QEMU with virtiofsd, 9p, a disk image, and alioth: a table, and a report in target/bench
+	jobs=$(jobs) tests/bench
 
 install: build ## install oriel and oriel-init below PREFIX (/usr/local)
 	install -D -m 0755 $(release)/oriel "$(DESTDIR)$(PREFIX)/bin/oriel"

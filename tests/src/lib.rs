@@ -13,6 +13,7 @@
 mod bench;
 pub mod door;
 mod guest;
+pub mod jobs;
 mod locker;
 mod run;
 mod terminal;
@@ -24,5 +25,5 @@ pub use door::Door;
 pub use guest::{busybox, vmlinux, vmlinuz};
 pub use locker::Locker;
 pub use run::{Oriel, Outcome, Running, text};
-pub use terminal::Screen;
+pub use terminal::{Screen, open_terminal};
 pub use tree::{Random, Tree, copy_executable, noise, sha256};

@@ -24,20 +24,25 @@ pub struct Screen {
     heard: String,
 }
 
+/// A terminal: the end of who sits in front of it, and the program's.
+pub fn open_terminal() -> rustix::io::Result<(File, File)> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let host = rustix::pty::openpt(flags)?;
+    rustix::pty::unlockpt(&host)?;
+    let terminal = rustix::pty::ioctl_tiocgptpeer(&host, flags)?;
+    Ok((host.into(), terminal.into()))
+}
+
 impl Oriel {
     /// Starts it on a terminal of this size.
     pub fn on_terminal(self, rows: u16, columns: u16) -> Screen {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let host = rustix::pty::openpt(flags).expect("a terminal");
-        rustix::pty::unlockpt(&host).expect("unlockpt");
-        let terminal = rustix::pty::ioctl_tiocgptpeer(&host, flags).expect("its other end");
-        set_size(&host, rows, columns);
+        let (keyboard, terminal) = open_terminal().expect("a terminal");
+        set_size(&keyboard, rows, columns);
         let mut command = self.as_command();
         let stdio = || Stdio::from(terminal.try_clone().expect("dup"));
         let child = command.stdin(stdio()).stdout(stdio()).stderr(stdio()).spawn();
         drop(command);
         let child = child.expect("oriel");
-        let keyboard = File::from(host);
         let mut screen = keyboard.try_clone().expect("dup");
         let (sender, pieces) = channel();
         thread::spawn(move || {

@@ -1,5 +1,7 @@
 //! `oriel check`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Args;
 
@@ -13,7 +15,11 @@ const STATUS_MISSING: u8 = 1;
 ///
 /// Exits with 0 when `oriel run` can work and with 1 when it cannot.
 #[derive(Debug, Args)]
-pub struct CheckArgs {}
+pub struct CheckArgs {
+    /// The kernel to look at, as `oriel run` takes it; a bzImage is unpacked, and kept for it
+    #[arg(long, env = "ORIEL_KERNEL", value_name = "FILE")]
+    kernel: Option<PathBuf>,
+}
 
 struct Report {
     usable: bool,
@@ -35,7 +41,7 @@ impl Report {
 }
 
 /// Prints the report.
-pub fn check(_: &CheckArgs) -> Result<u8> {
+pub fn check(args: &CheckArgs) -> Result<u8> {
     let mut report = Report { usable: true };
     match host::open_kvm() {
         Ok(kvm) => {
@@ -49,7 +55,7 @@ pub fn check(_: &CheckArgs) -> Result<u8> {
         }
         Err(error) => report.missing("kvm", format_args!("{error:#}")),
     }
-    match kernel::find(None, true) {
+    match kernel::find(args.kernel.as_deref(), true) {
         Ok(kernel) => {
             let size = kernel.file.bytes.len() >> 20;
             let path = kernel.file.path.display();
