@@ -15,11 +15,11 @@ PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
            kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window tests/killed-waiter \
-           tests/suite tests/bench \
+           tests/suite tests/bench rootfs/image \
            $(wildcard tests/suites/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build kernel demo test lint unit door suites-quick suites integration bench install tools
+.PHONY: help build kernel system demo test lint unit door suites-quick suites integration bench install tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -30,6 +30,10 @@ build: tools ## build oriel and oriel-init (release, static) in target/x86_64-un
 
 kernel: ## fetch the distribution's kernel for guests, and a busybox
 	kernel-config/fetch
+
+system: build ## build the images of a distribution that boots with systemd (Debian's, 200 MB, under a minute)
+	rootfs/image
+	rootfs/image --distribution fedora --release 42 --dry-run >/dev/null
 
 # The kernel is unpacked once, here, where the result can be kept: the emulated machine cannot write to this one.
 unpack = @$(release)/oriel check >/dev/null || true
@@ -62,7 +66,7 @@ suites-quick: tools ## a small part of what `make suites` runs on /dev/fuse: two
 suites: build kernel ## all suites, on /dev/fuse (half an hour) and in guests (hours where they are emulated)
 	status=0; for place in door guest-dax guest; do tests/suite --on $$place all || status=1; done; exit $$status
 
-integration: build kernel ## the tests that boot guests: here if this machine can, else in an emulated one
+integration: build kernel system ## the tests that boot guests: here if this machine can, else in an emulated one
 	$(unpack)
 	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) --skip two_cpus
 	$(in_kvm) WITH_KVM_CPUS=2 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) two_cpus

@@ -14,7 +14,8 @@ use crate::sys;
 use crate::users::Ids;
 
 /// Where to look when the environment has no `PATH`: what docker gives a container.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The shell's, and docker's, statuses for a command that did not start.
 const NOT_EXECUTABLE: u8 = 126;

@@ -11,10 +11,13 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use cpio::newc;
 
-use crate::protocol::{CONFIG_PATH, Config, MODULES_DIR};
+use crate::protocol::{CONFIG_PATH, Config, LOAD_ORDER_PATH, LOADER_PATH, MODULES_DIR};
 
 /// Where busybox lies in the initramfs; `oriel-init` makes the links to it.
 pub const BUSYBOX_PATH: &str = "/bin/busybox";
+
+/// cpio's own. Zeros between archives are passed over, and each begins at a multiple of four.
+const ARCHIVE_BLOCK: usize = 512;
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
@@ -76,12 +79,11 @@ pub fn build(contents: &Contents<'_>) -> Result<Vec<u8>> {
     let config = serde_json::to_vec(contents.config).context("cannot encode the configuration")?;
     // The environment may hold secrets.
     archive.file(CONFIG_PATH.trim_start_matches('/'), 0o600, &config)?;
-    for module in &contents.config.modules {
+    if !contents.config.modules.is_empty() {
         let directory = contents
             .modules_dir
             .context("there are modules to load, but no directory of modules")?;
-        let name = format!("{}/{module}", MODULES_DIR.trim_start_matches('/'));
-        archive.copy(&name, 0o644, &directory.join(module))?;
+        archive.modules(directory, &contents.config.modules)?;
     }
     if let Some(busybox) = contents.busybox {
         archive.copy(BUSYBOX_PATH.trim_start_matches('/'), 0o755, busybox)?;
@@ -93,6 +95,27 @@ pub fn build(contents: &Contents<'_>) -> Result<Vec<u8>> {
     )?;
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
     archive.finish()
+}
+
+/// Builds an archive to be put before a foreign initramfs: `init`, which is `oriel-init`, at [`LOADER_PATH`], and all
+/// modules of `modules_dir`, which it loads before it makes way for the other one's `/init`. A multiple of 512 bytes
+/// long, so that whatever follows is aligned as Linux wants it.
+///
+/// # Errors
+///
+/// When a file cannot be read.
+pub fn build_loader(init: &Path, modules_dir: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for directory in ["oriel", "oriel/modules"] {
+        archive.directory(directory, 0o755)?;
+    }
+    archive.copy(LOADER_PATH.trim_start_matches('/'), 0o755, init)?;
+    let modules = load_order(modules_dir)?;
+    archive.modules(modules_dir, &modules)?;
+    archive.file(LOAD_ORDER_PATH.trim_start_matches('/'), 0o644, modules.join("\n").as_bytes())?;
+    let mut bytes = archive.finish()?;
+    bytes.resize(bytes.len().next_multiple_of(ARCHIVE_BLOCK), 0);
+    Ok(bytes)
 }
 
 /// A cpio archive in the making. All belongs to root and to the epoch, so that equal contents make equal
@@ -138,6 +161,14 @@ impl Archive {
     fn file(&mut self, name: &str, permissions: u32, data: &[u8]) -> Result<()> {
         let entry = self.entry(name, REGULAR | permissions);
         self.write(entry, data).with_context(|| format!("cannot add {name} to the initramfs"))
+    }
+
+    fn modules(&mut self, directory: &Path, modules: &[String]) -> Result<()> {
+        for module in modules {
+            let name = format!("{}/{module}", MODULES_DIR.trim_start_matches('/'));
+            self.copy(&name, 0o644, &directory.join(module))?;
+        }
+        Ok(())
     }
 
     fn copy(&mut self, name: &str, permissions: u32, source: &Path) -> Result<()> {
@@ -267,6 +298,28 @@ mod tests {
         assert!(load_order(host.path()).is_err());
         fs::write(host.path().join("load-order"), "vsock.ko\nvirtio.ko\n").unwrap();
         assert_eq!(load_order(host.path()).unwrap(), ["vsock.ko", "virtio.ko"]);
+    }
+
+    #[test]
+    fn a_loader_holds_the_modules_in_their_order_and_no_init() {
+        let host = tempfile::tempdir().unwrap();
+        for (name, data) in [("init", "INIT"), ("a.ko", "A"), ("b.ko", "BB")] {
+            fs::write(host.path().join(name), data).unwrap();
+        }
+        fs::write(host.path().join("load-order"), "b.ko\na.ko\n").unwrap();
+        let archive = build_loader(&host.path().join("init"), host.path()).unwrap();
+        assert_eq!(archive.len() % 512, 0);
+        let entries = entries(&archive);
+        let data = |name: &str| entries.get(name).map(|entry| entry.1.as_slice());
+        assert_eq!(data("oriel/init"), Some(&b"INIT"[..]));
+        assert_eq!(data("oriel/load-order"), Some(&b"b.ko\na.ko"[..]));
+        assert_eq!(data("oriel/modules/b.ko"), Some(&b"BB"[..]));
+        assert!(
+            entries.keys().all(|name| name.starts_with("oriel")),
+            "the rest is the other one's"
+        );
+        fs::write(host.path().join("load-order"), "missing.ko\n").unwrap();
+        assert!(build_loader(&host.path().join("init"), host.path()).is_err());
     }
 
     #[test]

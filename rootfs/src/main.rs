@@ -1,5 +1,6 @@
 //! The first program of an Oriel guest: mounts what the host shares, runs one command, reports its status and
 //! waits for the host to end the machine. What it is to do and how it talks to the host is [`oriel_init::protocol`].
+//! In a guest with another first program, `oriel-init agent` runs further commands only.
 
 mod agent;
 mod children;
@@ -8,12 +9,14 @@ mod link;
 mod modules;
 mod mounts;
 mod process;
+mod service;
 mod sys;
 mod terminal;
 mod users;
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -23,7 +26,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use oriel_init::initramfs::BUSYBOX_PATH;
 use oriel_init::protocol::{
-    CONFIG_PATH, CONTROL_PORT, Config, FromGuest, STDERR_PORT, STDIN_PORT, STDOUT_PORT,
+    CONFIG_PATH, CONTROL_PORT, Config, FromGuest, LOAD_ORDER_PATH, LOADER_DIR, STDERR_PORT,
+    STDIN_PORT, STDOUT_PORT,
 };
 
 use crate::agent::Agent;
@@ -37,8 +41,12 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     if !rustix::process::getpid().is_init() {
-        eprintln!("oriel-init is the first program of an Oriel guest; `oriel run` starts it");
-        return ExitCode::FAILURE;
+        return beside_another_init();
+    }
+    if Path::new(LOAD_ORDER_PATH).exists() {
+        let error = make_way();
+        eprintln!("oriel-init: {error:#}");
+        power_off();
     }
     // Without /dev there is nobody to tell but the kernel's console.
     if let Err(error) = mounts::first() {
@@ -63,6 +71,37 @@ fn main() -> ExitCode {
         Err(error) => log(&one_line(&error)),
     }
     power_off()
+}
+
+/// The agent alone, if that is asked for.
+fn beside_another_init() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if arguments != ["agent"] {
+        eprintln!(
+            "oriel-init is the first program of an Oriel guest; `oriel run` starts it. In a guest with another \
+             one, `oriel-init agent` runs the commands of `oriel exec`"
+        );
+        return ExitCode::FAILURE;
+    }
+    let Err(error) = service::run();
+    eprintln!("oriel-init: {}", one_line(&error));
+    ExitCode::FAILURE
+}
+
+/// Loads modules and becomes the first program of somebody else's initramfs, which finds nothing of this. Returns
+/// why it did not.
+fn make_way() -> anyhow::Error {
+    let prepare = || -> Result<()> {
+        let order = fs::read_to_string(LOAD_ORDER_PATH)
+            .with_context(|| format!("cannot read {LOAD_ORDER_PATH}"))?;
+        modules::load(&order.lines().map(str::to_owned).collect::<Vec<_>>())?;
+        fs::remove_dir_all(LOADER_DIR).with_context(|| format!("cannot remove {LOADER_DIR}"))
+    };
+    match prepare() {
+        // With the words of the kernel's command line that are for it.
+        Ok(()) => Command::new("/init").args(std::env::args_os().skip(1)).exec().into(),
+        Err(error) => error,
+    }
 }
 
 /// The whole life of the guest, up to the command's status or why there was no command.

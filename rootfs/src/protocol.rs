@@ -42,6 +42,16 @@ pub const CONFIG_PATH: &str = "/oriel/config.json";
 /// Where the initramfs holds kernel modules, which are loaded in the order of [`Config::modules`].
 pub const MODULES_DIR: &str = "/oriel/modules";
 
+/// What is Oriel's in an initramfs.
+pub const LOADER_DIR: &str = "/oriel";
+
+/// Where `oriel-init` lies in an archive that is put before a foreign initramfs: the first program, which loads what
+/// [`LOAD_ORDER_PATH`] lists and then makes way for `/init`.
+pub const LOADER_PATH: &str = "/oriel/init";
+
+/// Names of files below [`MODULES_DIR`], a line each.
+pub const LOAD_ORDER_PATH: &str = "/oriel/load-order";
+
 /// The port of the guest where `oriel-init` listens for further commands. Below 1024, so that only root can take
 /// it; rexecd(8) has this number in TCP.
 pub const AGENT_PORT: u32 = 512;

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use crate::run::Oriel;
@@ -27,6 +28,20 @@ fn existing(path: PathBuf) -> PathBuf {
 /// The distribution's kernel, packed.
 pub fn vmlinuz() -> PathBuf {
     existing(data().join("vmlinuz"))
+}
+
+/// A file of the distribution that boots with systemd, as `rootfs/image` has made it.
+///
+/// # Panics
+///
+/// When it is not there.
+pub fn system(file: &str) -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../rootfs/image");
+    let output = Command::new(script).arg("--print-directory").output().expect("rootfs/image");
+    let directory = String::from_utf8(output.stdout).expect("a path in UTF-8");
+    let path = Path::new(directory.trim_end()).join(file);
+    assert!(path.is_file(), "no {}: run rootfs/image", path.display());
+    path
 }
 
 /// The directory of its modules.

@@ -14,6 +14,7 @@ mod bench;
 pub mod door;
 mod guest;
 pub mod jobs;
+pub mod kata;
 mod locker;
 mod run;
 mod terminal;
@@ -22,7 +23,7 @@ pub mod vsock;
 
 pub use bench::{Bench, kvm_counter};
 pub use door::Door;
-pub use guest::{busybox, vmlinux, vmlinuz};
+pub use guest::{busybox, system, vmlinux, vmlinuz};
 pub use locker::Locker;
 pub use run::{Oriel, Outcome, Running, text};
 pub use terminal::{Screen, open_terminal};

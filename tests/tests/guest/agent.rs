@@ -14,14 +14,15 @@ use rustix::process::Signal;
 const SLOW: Duration = Duration::from_secs(240);
 
 /// A sandbox with a name, whose sockets are where this test says if it is not root's.
-struct Sandbox {
+pub(super) struct Sandbox {
     name: String,
     runtime: tempfile::TempDir,
-    oriel: Running,
+    pub(super) oriel: Running,
 }
 
 impl Sandbox {
-    fn start(of: &str, arguments: &[&str], command: &[&str]) -> Self {
+    /// A sandbox that runs a command, or with none what the arguments say.
+    pub(super) fn start(of: &str, arguments: &[&str], command: &[&str]) -> Self {
         let name = format!("test-{of}-{}", std::process::id());
         let runtime = tempfile::tempdir().unwrap();
         let run = Oriel::run(&["--name", &name]).env("XDG_RUNTIME_DIR", runtime.path());
@@ -38,16 +39,16 @@ impl Sandbox {
     }
 
     /// `oriel COMMAND OPTIONS NAME WORDS`.
-    fn describe(&self, command: &str, options: &[&str], words: &[&str]) -> Oriel {
+    pub(super) fn describe(&self, command: &str, options: &[&str], words: &[&str]) -> Oriel {
         let oriel = Oriel::command(&[command]).env("XDG_RUNTIME_DIR", self.runtime.path());
         oriel.args(options).args(&[&self.name]).args(words).timeout(SLOW)
     }
 
-    fn exec(&self, options: &[&str], words: &[&str]) -> Outcome {
+    pub(super) fn exec(&self, options: &[&str], words: &[&str]) -> Outcome {
         self.describe("exec", options, words).finish()
     }
 
-    fn script(&self, options: &[&str], script: &str) -> Outcome {
+    pub(super) fn script(&self, options: &[&str], script: &str) -> Outcome {
         self.exec(options, &["sh", "-c", script])
     }
 
@@ -365,7 +366,7 @@ fn a_sandbox_with_another_init_says_that_it_takes_no_commands() {
         assert!(Instant::now() < deadline);
         thread::sleep(Duration::from_millis(50));
     }
-    sandbox.exec(&[], &["true"]).refuses(125, &["--initrd", "oriel-init"]);
+    sandbox.exec(&[], &["true"]).refuses(125, &["--initrd", "oriel-init agent"]);
     sandbox.describe("stop", &[], &[]).finish().exits_with(0).says_no_error();
     assert_eq!(sandbox.oriel.finish().status, 143);
 }

@@ -28,20 +28,21 @@ fn a_bzimage_unpacks_itself_when_told_to() {
 /// An initramfs with busybox and a script.
 fn initramfs(path: &Path, script: &str) {
     let program = fs::read(busybox()).unwrap();
+    let directories = ["bin", "dev", "proc", "sys"].map(|name| (name, 0o040755, &b""[..]));
+    let files =
+        [("bin/busybox", 0o100755, program.as_slice()), ("init", 0o100755, script.as_bytes())];
+    archive(path, &[&directories[..], &files].concat());
+}
+
+/// A cpio archive of files and directories: name, mode, content.
+pub(super) fn archive(path: &Path, entries: &[(&str, u32, &[u8])]) {
     let mut archive = File::create(path).unwrap();
-    let mut inode = 300;
-    let mut add = |name: &str, mode: u32, content: &[u8]| {
-        inode += 1;
-        let entry = newc::Builder::new(name).ino(inode).mode(mode).nlink(1);
+    for (inode, (name, mode, content)) in (301..).zip(entries) {
+        let entry = newc::Builder::new(name).ino(inode).mode(*mode).nlink(1);
         let mut writer = entry.write(&mut archive, content.len() as u32);
         std::io::Write::write_all(&mut writer, content).unwrap();
         writer.finish().unwrap();
-    };
-    for directory in ["bin", "dev", "proc", "sys"] {
-        add(directory, 0o040755, b"");
     }
-    add("bin/busybox", 0o100755, &program);
-    add("init", 0o100755, script.as_bytes());
     newc::trailer(&mut archive).unwrap();
 }
 

@@ -1,4 +1,4 @@
-//! Shares that come and go while the guest runs, by the commands of a user, and the way Kata does it.
+//! Shares that come and go while the guest runs, by the commands of a user.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -8,10 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use integration::{Oriel, Outcome, Running, Tree};
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change,
-    mount_remount, unmount,
-};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::PROBE;
 
@@ -41,10 +38,10 @@ fn until(what: &str, holds: impl Fn() -> bool) {
 }
 
 /// A tmpfs of the host's, unmounted when this is dropped.
-struct Mounted(PathBuf);
+pub(super) struct Mounted(pub(super) PathBuf);
 
 impl Mounted {
-    fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf) -> Self {
         fs::create_dir_all(&path).unwrap();
         mount("none", &path, "tmpfs", MountFlags::empty(), c"mode=755").unwrap();
         Self(path)
@@ -201,58 +198,4 @@ fn shares_are_added_used_switched_to_read_only_and_removed_while_the_guest_runs(
     let socket = format!("/run/oriel/{name}.sock");
     until("it stops", || !Path::new(&socket).exists());
     guest.finish().exits_with(128 + 15);
-}
-
-#[test]
-fn what_a_host_mounts_into_a_share_as_kata_does_is_there_with_its_own_access() {
-    // A staging directory, and a read-only view of it that is served: mounts made in the first appear in the second.
-    let host = Tree::new();
-    let base = Mounted::new(host.path("sandbox"));
-    mount_change(&base.0, MountPropagationFlags::PRIVATE).unwrap();
-    let (staging, served) = (base.0.join("mounts"), base.0.join("shared"));
-    for directory in [&staging, &served, &base.0.join("private"), &base.0.join("volume")] {
-        fs::create_dir(directory).unwrap();
-    }
-    mount_bind(&staging, &staging).unwrap();
-    mount_change(&staging, MountPropagationFlags::SHARED).unwrap();
-    mount_bind(&staging, &served).unwrap();
-    mount_change(&served, MountPropagationFlags::DOWNSTREAM).unwrap();
-    mount_remount(&served, MountFlags::BIND | MountFlags::RDONLY, c"").unwrap();
-    fs::write(base.0.join("volume/file"), "volume\n").unwrap();
-
-    let guest_path = "/run/kata-containers/shared/containers";
-    let share = format!("{}:{guest_path}:tag=kataShared,dax=always,window=8M", served.display());
-    let mut guest = Oriel::run(&["-i", "-v", &share]).guest(&["sh"]).start();
-    guest.say(&format!("cd {guest_path}"));
-    assert_eq!(guest.ask("grep -c '^kataShared /run/kata' /proc/mounts"), "1");
-    assert_eq!(guest.ask("grep '^kataShared' /proc/mounts | grep -o dax=always"), "dax=always");
-    let refused = |guest: &mut Running, path: &str| {
-        guest.ask(&format!("touch {path} 2>&1 | grep -o 'Read-only.*' || echo it works"))
-    };
-    assert_eq!(refused(&mut guest, "new"), "Read-only file system");
-
-    // A container's root file system, and a volume that is read-only: both appear while the guest runs.
-    let rootfs = Mounted::new(staging.join("c1/rootfs"));
-    fs::write(rootfs.0.join("file"), "rootfs\n").unwrap();
-    let private = base.0.join("private");
-    mount_bind(base.0.join("volume"), &private).unwrap();
-    mount_remount(&private, MountFlags::BIND | MountFlags::RDONLY, c"").unwrap();
-    let volume = staging.join("c1-volume");
-    fs::create_dir(&volume).unwrap();
-    mount_bind(&private, &volume).unwrap();
-    assert_eq!(guest.ask("sleep 1.2; cat c1/rootfs/file"), "rootfs");
-    assert_eq!(guest.ask("echo guest >c1/rootfs/made; cat c1/rootfs/made"), "guest");
-    assert_eq!(fs::read(rootfs.0.join("made")).unwrap(), b"guest\n");
-    assert_eq!(guest.ask("cat c1-volume/file"), "volume");
-    assert_eq!(refused(&mut guest, "c1-volume/new"), "Read-only file system");
-    assert_eq!(refused(&mut guest, "c1-volume/file"), "Read-only file system");
-    assert_eq!(refused(&mut guest, "c1/new"), "Read-only file system");
-
-    // The container ends. Files of it are still mapped (dax=always), so the host unmounts it as Kata does.
-    unmount(&rootfs.0, UnmountFlags::DETACH).unwrap();
-    assert_eq!(guest.ask("sleep 1.2; ls c1/rootfs | wc -l"), "0");
-    guest.finish().exits_with(0);
-    for path in [&volume, &private, &served, &staging] {
-        let _ = unmount(path, UnmountFlags::DETACH);
-    }
 }

@@ -12,6 +12,7 @@ mod caching;
 mod commands;
 mod dax;
 mod identity;
+mod kata;
 mod kernels;
 mod live_shares;
 mod locks;
@@ -21,6 +22,7 @@ mod mistakes;
 mod mounts;
 mod roots;
 mod shares;
+mod systemd;
 mod vsock;
 mod windows;
 

@@ -33,14 +33,14 @@ pub fn connect(name: &str) -> Result<UnixStream> {
     loop {
         // Asked first: one that has started its command has an agent that listens.
         let status: Status = Connection::open(name)?.ask_for(&Request::Status {})?;
-        if !status.agent {
-            bail!(
-                "sandbox {name:?} was started with --initrd: its init is not oriel-init, which could run a command"
-            );
-        }
         let path = status.vsock.with_context(|| format!("sandbox {name:?} has no vsock"))?;
         match open(&path, AGENT_PORT).with_context(|| format!("sandbox {name:?}"))? {
             Some(stream) => return Ok(stream),
+            // When it will be ready, if ever, is not known.
+            None if !status.agent => bail!(
+                "sandbox {name:?} was started with --initrd: its init is not oriel-init, and no `oriel-init agent` \
+                 listens in it"
+            ),
             None => match status.state {
                 State::Booting if Instant::now() < deadline => thread::sleep(PAUSE),
                 State::Booting => bail!("sandbox {name:?} has not booted within {BOOT:?}"),

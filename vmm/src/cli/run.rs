@@ -172,6 +172,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE|none", conflicts_with = "command")]
     pub initrd: Option<InitrdSource>,
 
+    /// Load the modules beside the kernel before the first program of --initrd FILE runs
+    ///
+    /// They are those that kernel-config/fetch brings: vsock, overlayfs, virtio-rng. That is for an initrd that
+    /// expects them in the kernel, as agents of containers do; it is not changed, and its /init is the first
+    /// program as ever.
+    #[arg(long, requires = "initrd")]
+    pub initrd_modules: bool,
+
     /// Words to add to the kernel's command line
     #[arg(long, default_value = "", value_name = "WORDS", allow_hyphen_values = true)]
     pub cmdline: String,
@@ -244,6 +252,9 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
             "--initrd: --env, --user and --workdir are for Oriel's own init; leave them".into(),
         );
     }
+    if args.initrd_modules && args.initrd == Some(InitrdSource::None) {
+        return usage("--initrd-modules: with --initrd none there is nothing to load them".into());
+    }
     if args.detach && args.interactive {
         return usage("--detach, --interactive: nobody is there to type; leave one of them".into());
     }
@@ -297,6 +308,7 @@ mod tests {
         assert!(parse(&["--cpu", "1", "make"]).is_err(), "an unknown option is no command");
         assert!(parse(&["--initrd", "none", "make"]).is_err());
         assert!(parse(&["-d", "make"]).is_err(), "nobody would find it");
+        assert!(parse(&["--initrd-modules", "make"]).is_err(), "for another's initrd");
     }
 
     #[test]
@@ -308,6 +320,7 @@ mod tests {
             (&["--hostname", ""], "--hostname"),
             (&["-e", "=x"], "--env"),
             (&["--initrd", "none", "-u", "me"], "--user"),
+            (&["--initrd", "none", "--initrd-modules"], "--initrd-modules"),
             (&["--initrd", "none", "--root", "/:overlay"], "overlay"),
             (&["-v", "/a:/x", "-v", "/b:/x"], "/x"),
             (&["-v", "/a:/x", "--shares", "/x"], "/x"),

@@ -106,7 +106,8 @@ pub struct Status {
     pub memory: u64,
     /// The command; empty for a shell, and for an init that is not ours.
     pub command: Vec<String>,
-    /// `oriel-init` is its init: there can be further commands.
+    /// `oriel-init` is its init: there can be further commands. Where another one is, `oriel-init agent` may be
+    /// one of its services; that is not known here.
     pub agent: bool,
     /// The socket where streams to ports of the guest begin, an absolute path.
     pub vsock: Option<PathBuf>,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use devices::share::CachePolicy;
 use oriel_init::initramfs;
-use oriel_init::protocol::{Config, Dax, Process, Root, Share};
+use oriel_init::protocol::{Config, Dax, LOADER_PATH, Process, Root, Share};
 
 use super::window::WindowChoice;
 use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError, values};
@@ -141,7 +141,19 @@ pub fn boot_image(args: &RunArgs, kernel: Kernel, shares: &[PlannedShare]) -> Re
         }
         Some(InitrdSource::File(path)) => {
             let name = path.display();
-            std::fs::read(path).with_context(|| format!("--initrd {name}: cannot be read"))?
+            let file =
+                std::fs::read(path).with_context(|| format!("--initrd {name}: cannot be read"))?;
+            if args.initrd_modules {
+                let directory = kernel.modules.as_deref().context(
+                    "--initrd-modules: there are none beside the kernel, where kernel-config/fetch puts them",
+                )?;
+                cmdline += &format!(" rdinit={LOADER_PATH}");
+                // Linux unpacks one archive after the other, whatever each is packed with.
+                let loader = initramfs::build_loader(&Assets::find()?.init, directory);
+                [loader.context("--initrd-modules")?, file].concat()
+            } else {
+                file
+            }
         }
     };
     if !args.cmdline.is_empty() {
