@@ -177,7 +177,7 @@ pub struct RunArgs {
     /// They are those that kernel-config/fetch brings: vsock, overlayfs, virtio-rng. That is for an initrd that
     /// expects them in the kernel, as agents of containers do; it is not changed, and its /init is the first
     /// program as ever.
-    #[arg(long, requires = "initrd")]
+    #[arg(long)]
     pub initrd_modules: bool,
 
     /// Words to add to the kernel's command line
@@ -252,8 +252,8 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
             "--initrd: --env, --user and --workdir are for Oriel's own init; leave them".into(),
         );
     }
-    if args.initrd_modules && args.initrd == Some(InitrdSource::None) {
-        return usage("--initrd-modules: with --initrd none there is nothing to load them".into());
+    if args.initrd_modules && !matches!(args.initrd, Some(InitrdSource::File(_))) {
+        return usage("--initrd-modules: they are for another's initrd; add --initrd FILE".into());
     }
     if args.detach && args.interactive {
         return usage("--detach, --interactive: nobody is there to type; leave one of them".into());
@@ -308,7 +308,6 @@ mod tests {
         assert!(parse(&["--cpu", "1", "make"]).is_err(), "an unknown option is no command");
         assert!(parse(&["--initrd", "none", "make"]).is_err());
         assert!(parse(&["-d", "make"]).is_err(), "nobody would find it");
-        assert!(parse(&["--initrd-modules", "make"]).is_err(), "for another's initrd");
     }
 
     #[test]
@@ -320,7 +319,8 @@ mod tests {
             (&["--hostname", ""], "--hostname"),
             (&["-e", "=x"], "--env"),
             (&["--initrd", "none", "-u", "me"], "--user"),
-            (&["--initrd", "none", "--initrd-modules"], "--initrd-modules"),
+            (&["--initrd", "none", "--initrd-modules"], "--initrd FILE"),
+            (&["--initrd-modules", "make"], "--initrd FILE"),
             (&["--initrd", "none", "--root", "/:overlay"], "overlay"),
             (&["-v", "/a:/x", "-v", "/b:/x"], "/x"),
             (&["-v", "/a:/x", "--shares", "/x"], "/x"),
