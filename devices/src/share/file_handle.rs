@@ -17,7 +17,7 @@ const SHORT: usize = 20;
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) enum FileHandle {
     /// Zeros follow the `len` bytes that count.
-    Short { len: u8, kind: i32, bytes: [u8; SHORT] },
+    Short { len: u8, kind: i16, bytes: [u8; SHORT] },
     /// Any other.
     Long(Box<(i32, Box<[u8]>)>),
 }
@@ -45,10 +45,10 @@ impl FileHandle {
     fn from_raw(raw: &RawHandle) -> Self {
         let bytes = raw.bytes.get(..raw.len as usize).unwrap_or(&raw.bytes);
         let mut short = [0; SHORT];
-        match (short.get_mut(..bytes.len()), u8::try_from(bytes.len())) {
-            (Some(room), Ok(len)) => {
+        match (short.get_mut(..bytes.len()), u8::try_from(bytes.len()), i16::try_from(raw.kind)) {
+            (Some(room), Ok(len), Ok(kind)) => {
                 room.copy_from_slice(bytes);
-                Self::Short { len, kind: raw.kind, bytes: short }
+                Self::Short { len, kind, bytes: short }
             }
             _ => Self::Long(Box::new((raw.kind, bytes.into()))),
         }
@@ -57,7 +57,7 @@ impl FileHandle {
     fn to_raw(&self) -> RawHandle {
         let (kind, bytes) = match self {
             Self::Short { len, kind, bytes } => {
-                (*kind, bytes.get(..usize::from(*len)).unwrap_or(bytes))
+                (i32::from(*kind), bytes.get(..usize::from(*len)).unwrap_or(bytes))
             }
             Self::Long(long) => (long.0, &*long.1),
         };
@@ -117,6 +117,9 @@ mod tests {
             let raw = of(3).to_raw();
             assert_eq!((raw.len, raw.kind, raw.bytes[len as usize - 1]), (len, 1, 3));
         }
-        assert_eq!(size_of::<FileHandle>(), 32);
+        let kind = i32::from(i16::MAX) + 1;
+        let raw = RawHandle { len: 8, kind, bytes: [7; MAX_HANDLE] };
+        assert_eq!(FileHandle::from_raw(&raw).to_raw().kind, kind);
+        assert_eq!(size_of::<FileHandle>(), 24);
     }
 }

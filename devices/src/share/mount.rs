@@ -80,20 +80,31 @@ impl Distance {
 }
 
 /// Where something was found: a name in a directory. Either may be gone by now.
+///
+/// Where there are no handles, each node has one: the node id of the directory and the name are in one piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
-    /// The node id of the directory.
-    pub(super) parent: u64,
-    pub(super) name: Box<CStr>,
-}
+pub(super) struct Place(Box<[u8]>);
 
 impl Place {
     pub(super) fn new(parent: u64, name: &CStr) -> Self {
-        Self { parent, name: name.into() }
+        Self([parent.to_ne_bytes().as_slice(), name.to_bytes_with_nul()].concat().into())
+    }
+
+    fn parts(&self) -> Option<(&[u8; 8], &[u8])> {
+        self.0.split_first_chunk()
+    }
+
+    /// The node id of the directory.
+    pub(super) fn parent(&self) -> u64 {
+        self.parts().map_or(0, |(parent, _)| u64::from_ne_bytes(*parent))
+    }
+
+    pub(super) fn name(&self) -> &CStr {
+        self.parts().and_then(|(_, name)| CStr::from_bytes_with_nul(name).ok()).unwrap_or_default()
     }
 
     pub(super) fn is(&self, parent: u64, name: &CStr) -> bool {
-        self.parent == parent && *self.name == *name
+        self.parent() == parent && self.name() == name
     }
 }
 

@@ -167,8 +167,8 @@ pub struct Options {
     /// process. A vCPU's thread then serves requests that it would leave to another otherwise, and hangs with a file
     /// system that does.
     pub trust_file_systems: bool,
-    /// The most nodes the guest may know at a time, the root among them. Each costs some 140 bytes (without
-    /// file handles 240) and no descriptor. By default 1,048,576.
+    /// The most nodes the guest may know at a time, the root among them. Each costs some 120 bytes (without
+    /// file handles 200) and no descriptor. By default 1,048,576.
     pub max_inodes: Option<usize>,
     /// The most files and directories the guest may have open at a time. By default a quarter of what the
     /// process may open (`RLIMIT_NOFILE`) when the share is made.
@@ -279,7 +279,7 @@ impl Options {
     }
 
     pub(super) fn caps(&self) -> Caps {
-        /// 140 MiB of nodes, and more files than most hosts have in a directory.
+        /// 120 MiB of nodes, and more files than most hosts have in a directory.
         const INODES: usize = 1 << 20;
         const BUFFERS: usize = 64 << 20;
         let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);

@@ -148,7 +148,7 @@ impl Share {
                 Which::Named(named) => named.place(),
             };
             let place = place.ok_or(Errno::STALE)?;
-            let parent = self.inodes.get(place.parent).map_err(|_| Errno::STALE)?;
+            let parent = self.inodes.get(place.parent()).map_err(|_| Errno::STALE)?;
             way.push((node, place));
             // The host may have moved directories so that places that were noted at different times make a
             // ring.
@@ -160,11 +160,11 @@ impl Share {
         let mut here = Here { file: base, names: Vec::new() };
         for (node, place) in way.iter().rev() {
             match &node.identity.file {
-                Which::Named(_) => here.step(&place.name)?,
+                Which::Named(_) => here.step(place.name())?,
                 Which::Handle(handle) => {
                     here.resolve()?;
                     let mount =
-                        node.identity.mount.enter(&here.file, &place.name).map_err(stale)?;
+                        node.identity.mount.enter(&here.file, place.name()).map_err(stale)?;
                     here.file = Held::Own(handle.open(mount)?);
                 }
             }
@@ -197,8 +197,8 @@ impl Share {
         match mount.place() {
             None => self.host.reopen(&self.root, rustix::fs::OFlags::RDONLY),
             Some(place) => {
-                let parent = self.inodes.get(place.parent).map_err(|_| Errno::STALE)?;
-                mount.enter(self.file(&parent)?, &place.name)
+                let parent = self.inodes.get(place.parent()).map_err(|_| Errno::STALE)?;
+                mount.enter(self.file(&parent)?, place.name())
             }
         }
     }
