@@ -642,3 +642,35 @@ fn looking_after_a_window_covers_what_shrank_and_nothing_else() {
     assert_eq!(window.cover_shrunk().unwrap(), 1);
     assert_eq!(window.cover_shrunk().unwrap(), 0);
 }
+
+#[test]
+fn mappings_hold_an_eighth_of_the_descriptors_that_the_process_may_have() {
+    const FEW: &str = "ORIEL_TEST_FEW_DESCRIPTORS";
+    const NAME: &str = "mappings_hold_an_eighth_of_the_descriptors_that_the_process_may_have";
+    if std::env::var_os(FEW).is_none() {
+        // In a process of its own: what counts is the limit when the first window is made.
+        let status = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n 256 && exec \"$@\"", "sh"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", &format!("dax::window::tests::{NAME}")])
+            .env(FEW, "")
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&status.stdout);
+        assert!(status.status.success() && output.contains("1 passed"), "{output}");
+        return;
+    }
+    let window = Window::new(ALIGNMENT).unwrap();
+    // Each is of another file.
+    let map = |at: u64| window.map(at * 8192, 4096, pages(1).as_fd(), 0, false);
+    for at in 0..32 {
+        map(at).unwrap();
+    }
+    assert_eq!(map(32).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    assert_eq!(window.live_files(), 32);
+    // The others are everybody's.
+    let rest: Vec<_> = (0..200).map(|_| File::open("/dev/null").unwrap()).collect();
+    drop(rest);
+    window.unmap(0, 8192).unwrap();
+    map(32).unwrap();
+}

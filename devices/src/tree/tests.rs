@@ -411,6 +411,31 @@ fn with_force_all_of_it_ends_at_once() {
 }
 
 #[test]
+fn a_lock_that_is_granted_after_its_share_was_removed_with_force_is_refused() {
+    let sandbox = Sandbox::new();
+    let guest = &sandbox.guest;
+    sandbox.add("one", "/one");
+    let node = guest.node("one/file");
+    let host = fs::File::open(sandbox.host.path().join("one/file")).unwrap();
+    let lk = FileLock { start: 0, end: i64::MAX as u64, type_: libc::F_WRLCK as u32, pid: 9 };
+    let request = |fh| LkIn { fh, owner: fh, lk, lk_flags: LK_FLOCK, ..LkIn::default() };
+    let held = request(guest.fh(node, libc::O_RDWR));
+    assert_eq!(guest.call(Opcode::Setlk, node, &[held.as_slice()]).error, 0);
+    assert!(host.try_lock().is_err());
+    let waits = request(guest.fh(node, libc::O_RDWR));
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| guest.call(Opcode::Setlkw, node, &[waits.as_slice()]).error);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!waiter.is_finished());
+        // The lock that was held goes with its share. Where the other gets it, it is told that it has it no more.
+        assert_eq!(sandbox.tree.remove("/one", true), Ok(Removed::Gone));
+        assert_eq!(waiter.join().unwrap(), libc::EBADF);
+    });
+    host.lock().unwrap();
+    assert_eq!(guest.call(Opcode::Setlk, node, &[held.as_slice()]).error, libc::ESTALE);
+}
+
+#[test]
 fn switched_to_read_only_nothing_changes_on_the_host_by_any_way() {
     let sandbox = Sandbox::new();
     let guest = &sandbox.guest;

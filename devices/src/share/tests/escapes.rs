@@ -1,6 +1,8 @@
 use std::os::unix::fs::symlink as host_symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+
 use super::*;
 
 #[test]
@@ -178,6 +180,30 @@ fn an_interface_of_the_hosts_kernel_below_a_share_is_seen_and_not_entered() {
             assert_eq!(answer.error, libc::EACCES);
         }
     }
+}
+
+#[test]
+fn a_file_of_the_hosts_kernel_that_is_mounted_over_one_of_a_share_is_not_opened_and_not_mapped() {
+    super::mounts::with_mounts(|guest| {
+        let place = guest.path().join("version");
+        std::fs::write(&place, "covered").unwrap();
+        mount_bind("/proc/version", &place).unwrap();
+        let node = guest.node("version");
+        let change =
+            SetattrIn { valid: SetattrValid::SIZE.bits(), size: 0, ..SetattrIn::default() };
+        for answer in [
+            guest.open(node, libc::O_RDONLY),
+            guest.open(node, libc::O_RDWR),
+            guest.setup(node, 0, 4096, SETUPMAPPING_READ, 0),
+            guest.setup(node, 0, 4096, SETUPMAPPING_READ | SETUPMAPPING_WRITE, 0),
+            guest.setattr(node, change),
+            getxattr(guest, node, "user.x", 9),
+        ] {
+            assert_eq!(answer.error, libc::EACCES);
+        }
+        assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
+        unmount(&place, UnmountFlags::DETACH).unwrap();
+    });
 }
 
 #[test]

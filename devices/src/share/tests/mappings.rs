@@ -277,3 +277,45 @@ fn a_read_only_share_of_overlayfs_copies_nothing_up_and_a_new_mapping_shows_the_
     guest.setup(node, 0, 4096, READ, 0).ok();
     assert_eq!((peek(&guest, 0), peek(&guest, 4096)), (Some(7), Some(1)));
 }
+
+/// Both ways to reach a node, because a copy has other numbers where the layers are of several file systems.
+#[test]
+fn a_file_of_overlayfs_that_is_copied_up_while_it_is_open_stays_the_same_file() {
+    for file_handles in [true, false] {
+        let Some(overlay) = Overlay::new(&[1; 8192]) else { return };
+        let guest = Guest::with(|options| {
+            options.directory = overlay.path();
+            options.file_handles = file_handles;
+        });
+        let entry: EntryOut = guest.lookup(ROOT_ID, "file").get();
+        let node = entry.nodeid;
+        let reader = guest.fh(node, libc::O_RDONLY);
+        assert_eq!(guest.read(node, reader, 0, 1).body, [1]);
+        assert!(!overlay.is_copied_up());
+        let writer = guest.fh(node, libc::O_RDWR);
+        assert!(overlay.is_copied_up());
+        assert_eq!(guest.write(node, writer, 0, &[9; 10]).error, 0);
+        // Who had it open before, who looks again, and who opens it now.
+        assert_eq!(guest.read(node, reader, 9, 2).body, [9, 1]);
+        let again: EntryOut = guest.lookup(ROOT_ID, "file").get();
+        assert_eq!((again.nodeid, again.attr.ino), (node, entry.attr.ino));
+        let fresh = guest.fh(node, libc::O_RDONLY);
+        assert_eq!(guest.read(node, fresh, 9, 2).body, [9, 1]);
+        for fh in [reader, fresh] {
+            release(&guest, Opcode::Release, node, fh).ok();
+        }
+        let valid = SetattrValid::SIZE.bits();
+        let cut = guest.setattr(node, SetattrIn { valid, size: 5, ..SetattrIn::default() });
+        assert_eq!(cut.get::<AttrOut>().attr.size, 5);
+        // By another name, and by none.
+        rename(&guest, (ROOT_ID, "file"), (ROOT_ID, "moved"), 0).ok();
+        assert_eq!(guest.getattr(node).get::<AttrOut>().attr.size, 5);
+        unlink(&guest, Opcode::Unlink, ROOT_ID, "moved").ok();
+        assert_eq!(guest.write(node, writer, 5, &[7]).error, 0);
+        assert_eq!(guest.read(node, writer, 4, 10).body, [9, 7]);
+        release(&guest, Opcode::Release, node, writer).ok();
+        assert_eq!(guest.getattr(node).get::<AttrOut>().attr.size, 6);
+        guest.forget(node, 2);
+        assert_eq!((guest.share.live_descriptors(), guest.share.live_inodes()), (0, 1));
+    }
+}

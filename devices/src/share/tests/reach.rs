@@ -153,6 +153,35 @@ fn what_the_guest_has_unlinked_is_there_until_it_is_forgotten() {
 }
 
 #[test]
+fn a_file_whose_two_names_are_taken_away_at_once_is_there_until_it_is_forgotten() {
+    for way in WAYS {
+        let guest = guest(way);
+        for round in 0..200 {
+            let node = file(&guest, b"data");
+            link(&guest, node, ROOT_ID, "other").get::<EntryOut>();
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                for name in ["file", "other"] {
+                    let (guest, start) = (&guest, &start);
+                    scope.spawn(move || {
+                        start.wait();
+                        unlink(guest, Opcode::Unlink, ROOT_ID, name).ok();
+                    });
+                }
+            });
+            let attr = guest.getattr(node).get::<AttrOut>().attr;
+            assert_eq!((attr.nlink, attr.size), (0, 4), "round {round}");
+            let fh = guest.fh(node, libc::O_RDWR);
+            assert_eq!(guest.read(node, fh, 0, 100).body, b"data");
+            release(&guest, Opcode::Release, node, fh).ok();
+            assert_eq!(guest.share.live_descriptors(), 1);
+            guest.forget(node, 2);
+            assert_eq!((guest.share.live_descriptors(), guest.share.live_inodes()), (0, 1));
+        }
+    }
+}
+
+#[test]
 fn a_file_that_the_host_deletes_is_stale_unless_it_is_open() {
     for way in WAYS {
         let guest = guest(way);

@@ -355,3 +355,35 @@ fn acls_need_attributes_and_a_file_system_that_has_them() {
     let error = new(directory.path(), XattrPolicy::Off).unwrap();
     assert!(error.contains("xattr=off"), "{error}");
 }
+
+/// The host keeps extended attributes of such a file from its owner. So does it when capabilities should go.
+#[test]
+fn an_ordinary_users_file_that_nobody_may_read_or_write_is_written_by_who_has_made_it() {
+    let serve = || {
+        let guest = Guest::with(|options| {
+            options.xattr = XattrPolicy::Mapped;
+            options.switch_identity = Some(false);
+        });
+        let made = guest.create(ROOT_ID, "file", libc::O_RDWR, 0);
+        let (entry, open): (EntryOut, OpenOut) = (made.part(0), made.part(128));
+        assert_eq!(entry.attr.mode & 0o7777, 0);
+        let node = entry.nodeid;
+        assert_eq!(getxattr(&guest, node, "user.x", 9).error, libc::EACCES);
+        assert_eq!(guest.write(node, open.fh, 0, b"content").get::<WriteOut>().size, 7);
+        fallocate(&guest, node, open.fh, 0, 0, 100).ok();
+        let valid = (SetattrValid::SIZE | SetattrValid::FH).bits();
+        let cut = SetattrIn { valid, fh: open.fh, size: 3, ..SetattrIn::default() };
+        assert_eq!(guest.setattr(node, cut).get::<AttrOut>().attr.size, 3);
+        assert_eq!(guest.read(node, open.fh, 0, 9).body, b"con");
+        release(&guest, Opcode::Release, node, open.fh).ok();
+        assert_eq!(guest.open(node, libc::O_RDONLY).error, libc::EACCES);
+    };
+    // Requests are served by the thread that makes them, and to files this one is an ordinary user's from now on.
+    let as_nobody = || {
+        if is_root() {
+            crate::share::sys::set_fsuid(65534);
+        }
+        serve();
+    };
+    std::thread::scope(|scope| scope.spawn(as_nobody).join().unwrap());
+}
