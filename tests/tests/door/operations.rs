@@ -186,7 +186,7 @@ fn poll_says_of_a_file_that_it_is_ready() {
 }
 
 #[test]
-fn a_file_has_its_birth_time() {
+fn a_file_has_its_birth_time_and_the_id_of_its_mount() {
     let (directory, door) = door(|_| {});
     fs::write(directory.path().join("file"), "").unwrap();
     let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
@@ -195,6 +195,14 @@ fn a_file_has_its_birth_time() {
         (stat.stx_mask & mask.bits(), stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)
     };
     assert_eq!(of(door.path()), of(directory.path()));
+    // Which mount it is on, a kernel knows by itself.
+    let mount = |path: &std::path::Path| {
+        let stat = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).unwrap();
+        assert_ne!(stat.stx_mask & StatxFlags::MNT_ID.bits(), 0);
+        stat.stx_mnt_id
+    };
+    assert_eq!(mount(&door.path().join("file")), mount(door.path()));
+    assert_ne!(mount(door.path()), mount(directory.path()));
 }
 
 #[test]
