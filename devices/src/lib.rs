@@ -30,4 +30,5 @@ pub mod virtio;
 mod budget;
 #[cfg(test)]
 mod costs;
+mod kick;
 mod sync;

@@ -38,6 +38,9 @@ const INLINE_SEGMENTS: usize = 36;
 
 /// The largest number of segments one `preadv2` takes (`IOV_MAX` of `linux/uio.h`).
 const MAX_IO_VECTORS: usize = 1024;
+/// How often a signal may come between before a request fails with `EINTR`: who sends them one after the other wants
+/// it to end.
+const TRIES: usize = 16;
 
 /// Why a range of guest addresses cannot be used as a buffer.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -328,6 +331,7 @@ impl<'m> GuestBuffer<'m> {
         call: impl Fn(&[libc::iovec], i64) -> isize,
     ) -> io::Result<usize> {
         let mut done = 0;
+        let mut interrupted = 0;
         while done < len {
             let at = file_offset
                 .checked_add(done as u64)
@@ -340,7 +344,8 @@ impl<'m> GuestBuffer<'m> {
                 Ok(count) => done += count,
                 Err(_) => {
                     let error = io::Error::last_os_error();
-                    if error.kind() == io::ErrorKind::Interrupted {
+                    if error.kind() == io::ErrorKind::Interrupted && interrupted < TRIES {
+                        interrupted += 1;
                         continue;
                     }
                     // Who does not wait has to know that there is more: a short count would be the end of the file.

@@ -58,10 +58,12 @@ fn main() -> ExitCode {
             let last = match run(&mut messages) {
                 Ok(Ok(status)) => FromGuest::Exited { status },
                 Ok(Err(Refusal { status, message })) => FromGuest::Refused { status, message },
-                Err(error) => FromGuest::Failed { message: one_line(&error) },
+                Err(error) => {
+                    mounts::sync();
+                    FromGuest::Failed { message: one_line(&error) }
+                }
             };
             log(&format!("{last:?}"));
-            rustix::fs::sync();
             match link::send(&mut messages, &last) {
                 // Powering off would reset the console device, with output in it that the host has not read.
                 Ok(()) => wait_for_the_end(),
@@ -150,7 +152,7 @@ fn run(messages: &mut Port) -> Result<Result<u8, Refusal>> {
     let status = process::run(&config.process, &ids, &control, streams, started)?;
     agent.finish(LAST_WORDS);
     std::env::set_current_dir("/").context("cannot leave the working directory")?;
-    mounts::leave(&config.shares);
+    mounts::leave(config.shares);
     Ok(status)
 }
 

@@ -4,6 +4,9 @@ use std::ffi::CStr;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use oriel_init::protocol::{Dax, Root, Share};
@@ -16,6 +19,11 @@ use crate::log;
 const NEW_ROOT: &str = "/oriel/root";
 const LOWER: &str = "/oriel/lower";
 const UPPER: &str = "/oriel/upper";
+
+/// How long the guest waits for its shares at the end while nothing more is written to them.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it looks whether more is.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Mounts without which nothing can be done, first in the initramfs. They are moved into the root later.
 const FIRST: [(&str, &str); 3] = [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")];
@@ -154,15 +162,77 @@ fn has_device(tag: &str) -> bool {
 }
 
 /// Unmounts the shares again and makes the rest read-only, so that every file is closed before the power goes.
-pub(crate) fn leave(shares: &[Share]) {
-    rustix::fs::sync();
-    for share in shares.iter().rev() {
-        if let Err(error) =
-            rustix::mount::unmount(Path::new(&share.path), rustix::mount::UnmountFlags::empty())
-        {
-            log(&format!("cannot unmount {}: {error}", share.path));
+pub(crate) fn leave(shares: Vec<Share>) {
+    patiently(move || {
+        rustix::fs::sync();
+        for share in shares.iter().rev() {
+            if let Err(error) =
+                rustix::mount::unmount(Path::new(&share.path), rustix::mount::UnmountFlags::empty())
+            {
+                log(&format!("cannot unmount {}: {error}", share.path));
+            }
+        }
+        // The root of an initramfs cannot, and need not.
+        let _ = rustix::mount::mount_remount("/", MountFlags::RDONLY, c"");
+    });
+}
+
+/// Writes to the shares what is not written yet.
+pub(crate) fn sync() {
+    patiently(rustix::fs::sync);
+}
+
+/// Waits for the end of `work`, but for a file system of the host that does not answer no longer than
+/// [`PATIENCE`]. What has been written by then the host has.
+fn patiently(work: impl FnOnce() + Send + 'static) {
+    let (done, ended) = mpsc::channel();
+    let body = move || {
+        work();
+        let _ = done.send(());
+    };
+    if let Err(error) = thread::Builder::new().name("leave".into()).spawn(body) {
+        return log(&format!("cannot start a thread: {error}"));
+    }
+    let (mut least, mut since) = (u64::MAX, Instant::now());
+    while ended.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+        let left = unwritten(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
+        if left < least {
+            (least, since) = (left, Instant::now());
+        } else if since.elapsed() > PATIENCE {
+            return log("a share does not answer, and is left");
         }
     }
-    // The root of an initramfs cannot, and need not.
-    let _ = rustix::mount::mount_remount("/", MountFlags::RDONLY, c"");
+}
+
+/// KiB that the kernel has to write yet, by its /proc/meminfo.
+fn unwritten(meminfo: &str) -> u64 {
+    let lines = meminfo.lines().filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        let counts = ["Dirty", "Writeback", "WritebackTmp"].contains(&name);
+        value.trim().trim_end_matches(" kB").parse::<u64>().ok().filter(|_| counts)
+    });
+    lines.fold(0, u64::saturating_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_to_be_written_is_dirty_or_on_its_way() {
+        let meminfo =
+            "MemTotal:  9 kB\nDirty:   120 kB\nWriteback:   8 kB\nWritebackTmp: 1 kB\nSlab: x\n";
+        assert_eq!(unwritten(meminfo), 129);
+        assert_eq!(unwritten(""), 0);
+    }
+
+    #[test]
+    fn the_end_is_waited_for_where_it_comes() {
+        let (sender, receiver) = mpsc::channel();
+        patiently(move || {
+            thread::sleep(2 * LOOK);
+            sender.send(7).unwrap();
+        });
+        assert_eq!(receiver.try_recv(), Ok(7));
+    }
 }

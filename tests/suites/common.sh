@@ -9,6 +9,7 @@
 #   SUITE_PLACE        door, guest, or host: what DIRECTORY is on
 #   SUITE_INPUT        a directory with what was prepared for suites
 #   SUITE_MAY_SKIP     names of tests that the file system below DIRECTORY does not pass either
+# and by hand, for fsx: SUITE_OPERATIONS, how many, and SUITE_SEED.
 #
 # The last line that a suite prints is "suite NAME: N passed, N failed, N skipped"; it fails when one has failed.
 set -u

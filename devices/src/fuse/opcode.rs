@@ -211,7 +211,7 @@ opcodes! {
     Tmpfile       = 51 "TMPFILE",       17, 16 + PATH,         Body(144),
         tmpfile, "as CREATE; `EOPNOTSUPP` where the host's file system has none";
     Statx         = 52 "STATX",         24, 24,                Body(288),
-        statx, "basic attributes and the birth time, of these what was asked and the host knows";
+        statx, "basic attributes and the birth time, of these what was asked and the host knows; a mount id is the guest's own";
     CopyFileRange64 = 53 "COPY_FILE_RANGE_64", 56, 56,         Body(8),
         copy_file_range, "as COPY_FILE_RANGE; lengths up to 2^63";
 }

@@ -48,10 +48,15 @@ fn resolve(
     mode: Mode,
     resolve: ResolveFlags,
 ) -> Result<OwnedFd> {
+    again(|| openat2(&directory, name, flags | OFlags::CLOEXEC, mode, resolve))
+}
+
+/// Opens a file, and does so again when a rename or a signal came between.
+fn again(open: impl Fn() -> rustix::io::Result<OwnedFd>) -> Result<OwnedFd> {
     let mut tries = 0;
     loop {
         tries += 1;
-        match openat2(&directory, name, flags | OFlags::CLOEXEC, mode, resolve) {
+        match open() {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) if tries < TRIES => {}
             other => return Ok(other?),
         }
@@ -125,12 +130,7 @@ impl Host {
     /// The caller has checked that it is a regular file or a directory, unless `flags` has `O_PATH`.
     pub(super) fn reopen(&self, fd: impl AsFd, flags: OFlags) -> Result<OwnedFd> {
         let flags = (flags - OFlags::NOFOLLOW) | OFlags::CLOEXEC | OFlags::NOCTTY;
-        loop {
-            match openat(&self.proc_fd, DecInt::from_fd(&fd), flags, Mode::empty()) {
-                Err(rustix::io::Errno::INTR) => {}
-                other => return Ok(other?),
-            }
-        }
+        again(|| openat(&self.proc_fd, DecInt::from_fd(&fd), flags, Mode::empty()))
     }
 
     /// Calls `operation` with the directory and the name in it that stand for the descriptor, for system

@@ -1,6 +1,7 @@
 //! The other side: guest memory, and a driver that sets up a device by hand through the registers.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestRegionMmap};
@@ -268,6 +269,21 @@ impl Driver {
         self.write::<1>(STATUS, status);
     }
 
+    /// Resets the device, and waits until that is done (4.1.4.3.2).
+    pub(super) fn reset(&self) {
+        self.set_status(0);
+        self.wait_until_reset();
+    }
+
+    /// Waits for the end of a reset.
+    pub(super) fn wait_until_reset(&self) {
+        let start = Instant::now();
+        while self.status() != 0 {
+            assert!(start.elapsed() < Duration::from_secs(10), "the reset does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub(super) fn accept(&self, features: u64) {
         for select in 0..2 {
             self.write::<4>(8, select);
@@ -284,8 +300,7 @@ impl Driver {
 
     /// The steps of 3.1.1 up to FEATURES_OK, with VERSION_1 and `features`.
     pub(super) fn negotiate(&self, features: u64) {
-        self.set_status(0);
-        assert_eq!(self.status(), 0);
+        self.reset();
         self.set_status(1);
         self.set_status(3);
         self.accept(features | VIRTIO_F_VERSION_1);

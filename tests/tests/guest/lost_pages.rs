@@ -109,7 +109,14 @@ fn a_file_that_is_cut_removed_or_replaced_by_anybody_costs_no_more_than_a_proces
 }
 
 /// What is mounted in a tree, and the process that serves it. Unmounted when dropped.
-struct Mounted<'t>(&'t Tree, &'t str, Option<Child>);
+pub(super) struct Mounted<'t>(&'t Tree, &'t str, Option<Child>);
+
+impl Mounted<'_> {
+    /// The process that serves it.
+    pub(super) fn server(&mut self) -> &mut Child {
+        self.2.as_mut().expect("a file system that is served")
+    }
+}
 
 impl Drop for Mounted<'_> {
     fn drop(&mut self) {
@@ -150,12 +157,10 @@ fn a_write_that_finds_the_disk_full_waits_for_room_and_then_goes_on() {
 /// Where the program that mounts a share on the host is.
 const SERVER: &str = env!("CARGO_BIN_EXE_share-on-fuse");
 
-#[test]
-fn a_file_whose_server_is_gone_is_zeros_and_the_others_are_not_touched() {
-    let tree = Tree::with_probe(PROBE);
-    let served = Tree::new();
+/// Makes a directory `net` in the tree and mounts there, by a process of its own, another tree, which has a file
+/// `far`.
+pub(super) fn serve<'t>(tree: &'t Tree, served: &Tree) -> Mounted<'t> {
     served.fill("far", 4 * MIB);
-    tree.fill("near", 4 * MIB);
     fs::create_dir(tree.path("net")).unwrap();
     let mut server = Command::new(SERVER)
         .args([served.text(), text(&tree.path("net"))])
@@ -168,13 +173,20 @@ fn a_file_whose_server_is_gone_is_zeros_and_the_others_are_not_touched() {
         assert_eq!(server.try_wait().unwrap(), None, "the server ended");
         std::thread::sleep(Duration::from_millis(20));
     }
-    let mut mounted = Mounted(&tree, "net", Some(server));
+    Mounted(tree, "net", Some(server))
+}
+
+#[test]
+fn a_file_whose_server_is_gone_is_zeros_and_the_others_are_not_touched() {
+    let tree = Tree::with_probe(PROBE);
+    let served = Tree::new();
+    tree.fill("near", 4 * MIB);
+    let mut mounted = serve(&tree, &served);
     let mut guest = guest(&tree, "dax=always,cache=always", &["net/far", "near"]);
     assert_eq!(guest.hear(), format!("mapped {}", 4 * MIB));
     assert_eq!(guest.ask("get 0"), "7");
-    let mut server = mounted.2.take().unwrap();
-    server.kill().unwrap();
-    server.wait().unwrap();
+    mounted.server().kill().unwrap();
+    mounted.server().wait().unwrap();
     is_lost(&guest.ask(&format!("touch {}", 3 * MIB)));
     guest.say("end");
     assert_eq!(guest.hear(), format!("mapped {}", 4 * MIB));

@@ -11,6 +11,7 @@ mod boot;
 mod caching;
 mod commands;
 mod dax;
+mod hung;
 mod identity;
 mod kata;
 mod kernels;

@@ -197,6 +197,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     }
     let outcome = supervisor.wait()?;
     machine.stop();
+    running.retire();
     let status = outcome.status(foreign, &tail);
     let written = stats.map_or(Ok(()), |stats| stats.write(&running));
     // How the sandbox broke down matters more than what was counted up to then.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use devices::dax::{DaxWindow, GrowError, Window};
 use devices::fuse::{Counters, OperationCounts, Session, latency_bound};
@@ -28,6 +29,9 @@ pub struct RunningShare {
     /// What can be done to it, where it is the one of `--shares`.
     pub live: Option<Live>,
 }
+
+/// How long the requests may take that a guest has left.
+const LAST_REQUESTS: Duration = Duration::from_secs(3);
 
 /// How a share came out of [`Request::ShareResize`].
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +119,20 @@ pub(super) fn operations(counters: &Counters) -> Value {
 pub struct Shares(pub Vec<RunningShare>);
 
 impl Shares {
+    /// The guest does not run any more: ends its last requests, and says where the host's kernel does not let them
+    /// be ended.
+    pub fn retire(&self) {
+        let until = Instant::now() + LAST_REQUESTS;
+        for share in &self.0 {
+            if !share.device.retire(until.saturating_duration_since(Instant::now())) {
+                log::warn!(
+                    "share {}: a file system of the host does not answer; this process may not be gone before it does",
+                    share.guest
+                );
+            }
+        }
+    }
+
     /// One object a share: what it is, what its session counted, and how large its window is.
     pub fn stats(&self) -> Value {
         let shares: Vec<_> = self

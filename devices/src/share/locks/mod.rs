@@ -40,6 +40,7 @@ use super::handle::{Handle, OpenFile};
 use super::options::LockPolicy;
 use crate::fuse::abi::{FileLock, FlushIn, LK_FLOCK, LkIn, RELEASE_FLOCK_UNLOCK, ReleaseIn};
 use crate::fuse::{Caller, Errno, LockReply, Result, Wait};
+use crate::kick;
 use crate::sync::lock;
 use deadlock::{Waiting, Waits};
 use ranges::{Change, Kind, Ranges, Span};
@@ -110,7 +111,7 @@ impl Locks {
     /// The host's, when a signal cannot be given a handler.
     pub(super) fn new(policy: LockPolicy, most_owners: usize, common: &Common) -> io::Result<Self> {
         if policy == LockPolicy::Host {
-            sys::prepare()?;
+            kick::prepare()?;
         }
         Ok(Self {
             table: Mutex::new(Table { owners: BTreeMap::new(), generation: 0 }),

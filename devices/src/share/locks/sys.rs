@@ -3,34 +3,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::OnceLock;
-
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::ranges::{Kind, OFFSET_MAX, Span};
 use crate::fuse::{Errno, Result};
+use crate::kick;
 
 /// How often an alarm rings until it is heard. The first may come just before the thread goes to sleep and
 /// then wakes nobody.
 const ALARM_INTERVAL_NS: i64 = 1_000_000;
-
-/// The signal of the alarm. The one before it kicks vCPUs.
-fn alarm_signal() -> libc::c_int {
-    SIGRTMIN() + 1
-}
-
-/// Gives the signal of the alarm a handler, once in the process. Without one it would kill.
-///
-/// # Errors
-///
-/// The host's.
-pub(super) fn prepare() -> io::Result<()> {
-    extern "C" fn heard(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    static PREPARED: OnceLock<std::result::Result<(), i32>> = OnceLock::new();
-    // The handler does nothing: that the signal arrives is what ends the system call (there is no SA_RESTART).
-    let prepare = || register_signal_handler(alarm_signal(), heard).map_err(|error| error.errno());
-    PREPARED.get_or_init(prepare).map_err(io::Error::from_raw_os_error)
-}
 
 fn record(span: Span) -> libc::flock {
     let kind = match span.kind {
@@ -111,7 +91,7 @@ pub(super) struct Alarm(libc::timer_t);
 unsafe impl Send for Alarm {}
 
 impl Alarm {
-    /// An alarm for the calling thread, silent at first. Call [`prepare`] before.
+    /// An alarm for the calling thread, silent at first. Call [`kick::prepare`] before.
     ///
     /// # Errors
     ///
@@ -120,7 +100,7 @@ impl Alarm {
         // SAFETY: plain integers and a pointer that is not used; all zeros is a value of it.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
-        event.sigev_signo = alarm_signal();
+        event.sigev_signo = kick::signal();
         event.sigev_notify_thread_id = rustix::thread::gettid().as_raw_nonzero().get();
         let mut timer = std::ptr::null_mut();
         // SAFETY: both point to values that live until the calls return; the signal set is made by
@@ -128,7 +108,7 @@ impl Alarm {
         unsafe {
             let mut signals = std::mem::zeroed();
             libc::sigemptyset(&mut signals);
-            libc::sigaddset(&mut signals, alarm_signal());
+            libc::sigaddset(&mut signals, kick::signal());
             let masked = libc::pthread_sigmask(libc::SIG_UNBLOCK, &signals, std::ptr::null_mut());
             if masked != 0 {
                 return Err(io::Error::from_raw_os_error(masked));

@@ -2,14 +2,19 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::signal::Killable;
 
 use super::Server;
 use super::config::{Config, VIRTIO_FS_F_WINDOW_GROWS};
 use super::dispatch::{Counts, Dispatch, Statistics};
 use super::worker::{Service, Worker};
 use crate::dax::DaxWindow;
+use crate::kick;
 use crate::pci::WindowSlot;
 use crate::sync::lock;
 use crate::virtio::{Activation, Interrupts, SharedMemory, VirtioDevice};
@@ -58,6 +63,8 @@ pub struct FsDevice {
 pub(super) struct Running {
     worker: Arc<Worker>,
     thread: thread::JoinHandle<()>,
+    /// Disconnected once the thread is at its end.
+    ended: mpsc::Receiver<()>,
 }
 
 impl Running {
@@ -68,12 +75,28 @@ impl Running {
         }
         let name = format!("virtio-fs:{}", worker.index());
         let body = worker.clone();
-        let thread = thread::Builder::new().name(name).spawn(move || body.run());
+        let (ends, ended) = mpsc::channel();
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            body.run();
+            drop((body, ends));
+        });
         let thread = thread.inspect_err(|_| worker.expect_no_thread())?;
-        running.push(Self { worker: worker.clone(), thread });
+        running.push(Self { worker: worker.clone(), thread, ended });
         Ok(())
     }
+
+    /// Waits for the worker's end, at most until then. A panic was printed by the thread itself.
+    fn ends_by(&self, time: Instant) -> bool {
+        let left = time.saturating_duration_since(Instant::now());
+        self.ended.recv_timeout(left) == Err(RecvTimeoutError::Disconnected)
+    }
 }
+
+/// How long a request may take, once its worker is to stop, before it is kicked. Most that take longer than an
+/// instant are those of a slow disk, and end well by themselves.
+const GRACE: Duration = Duration::from_secs(1);
+/// From one kick to the next. The first may fall just before a system call and be lost, and a request has several.
+const KICK_INTERVAL: Duration = Duration::from_millis(50);
 
 impl FsDevice {
     /// A device whose requests `server` answers. `window` is
@@ -88,6 +111,7 @@ impl FsDevice {
         window: Option<Window>,
     ) -> io::Result<Self> {
         let count = usize::from(HIPRIO_QUEUES + config.request_queues());
+        kick::prepare()?;
         let grows = window.as_ref().is_some_and(|it| it.dax.size() < it.dax.max_size());
         Ok(Self {
             config,
@@ -163,21 +187,63 @@ impl FsDevice {
         Ok(())
     }
 
-    /// Stops and joins all workers. The lock is held until the last one is gone, so that whoever comes
-    /// second does not return earlier.
+    /// Stops all workers and waits for them, however long the host takes for their requests. The lock is held until the
+    /// last one is gone, so that whoever comes second does not return earlier.
     fn stop(&self) {
         for doorbell in &self.doorbells {
             // Who has it already finds it stopped.
             *lock(doorbell) = None;
         }
         let mut running = lock(&self.running);
-        for one in running.iter() {
-            one.worker.stop();
-        }
-        for one in running.drain(..) {
-            if one.thread.join().is_err() {
-                log::error!("a file system worker has panicked");
+        stop_within(&mut running, Duration::MAX);
+    }
+
+    /// The guest does not run any more, and will not: stops the workers, but does not wait longer than
+    /// `patience`. `false` when some are left behind in the host's system calls, which end with the process at
+    /// the latest, or when somebody else waits for them.
+    pub fn retire(&self, patience: Duration) -> bool {
+        let since = Instant::now();
+        loop {
+            let left = patience.saturating_sub(since.elapsed());
+            match self.running.try_lock() {
+                Ok(mut running) => return stop_within(&mut running, left),
+                Err(TryLockError::Poisoned(poisoned)) => {
+                    return stop_within(&mut poisoned.into_inner(), left);
+                }
+                // For a reset, or for the moment in which a thread is added.
+                Err(TryLockError::WouldBlock) if left.is_zero() => return false,
+                Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
             }
+        }
+    }
+}
+
+/// Stops workers and takes those out that are at their end; `true` when that is all of them.
+///
+/// One whose request hangs in the host is kicked: what waits for a server that lets its clients give up, as most on
+/// a network do, ends so. Where the host's kernel does not let it be ended, it goes on being waited for.
+fn stop_within(running: &mut Vec<Running>, patience: Duration) -> bool {
+    let since = Instant::now();
+    for one in running.iter() {
+        one.worker.stop();
+    }
+    let mut next = GRACE;
+    loop {
+        let until = Instant::now() + next;
+        running.retain(|one| !one.ends_by(until));
+        if running.is_empty() {
+            return true;
+        }
+        if since.elapsed() >= patience {
+            return false;
+        }
+        if next == GRACE {
+            log::warn!("a request hangs in the host, whose file system does not answer it");
+        }
+        next = KICK_INTERVAL;
+        for one in running.iter() {
+            // An error means that the thread has just ended.
+            let _ = one.thread.kill(kick::signal());
         }
     }
 }

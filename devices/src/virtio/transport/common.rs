@@ -1,6 +1,8 @@
 //! The common configuration (4.1.4.3) and the device status (2.1): how a driver and a device agree.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use vm_memory::GuestAddressSpace;
 
@@ -20,6 +22,10 @@ const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const DEVICE_NEEDS_RESET: u8 = 64;
 const FAILED: u8 = 128;
+
+/// How long a vCPU waits for the end of the reset that it has begun, so that a driver which does not look whether
+/// the status is 0 yet, as it has to, mostly finds it so. No longer, because the vCPU does nothing else meanwhile.
+const QUICK_RESET: Duration = Duration::from_millis(100);
 
 /// What every device offers on top of its own features.
 const RING_FEATURES: u64 =
@@ -87,8 +93,8 @@ struct State {
     status: u8,
     queue_select: u16,
     queues: Vec<QueueRegisters>,
-    /// A vCPU is resetting the device. The status still reads as before, and nothing can be written: the
-    /// driver has to wait until it reads 0 (4.1.4.3.2).
+    /// The device is being reset. The status still reads as before, and nothing can be written: the driver has
+    /// to wait until it reads 0 (4.1.4.3.2).
     resetting: bool,
 }
 
@@ -145,7 +151,7 @@ impl CommonConfiguration {
 
     /// A guest write of any width at any offset: each register it touches keeps the bytes that are not
     /// written. This is also how the halves of an 8 byte register are written one after the other.
-    pub(super) fn write(&self, offset: u64, data: &[u8]) {
+    pub(super) fn write(self: &Arc<Self>, offset: u64, data: &[u8]) {
         for (start, width, register) in touched(offset, data.len()) {
             let mut state = lock(&self.state);
             let mut bytes = self.get(&state, register).to_le_bytes();
@@ -335,9 +341,32 @@ impl CommonConfiguration {
     }
 
     /// Takes everything back. The caller has set `resetting`, which keeps everyone else out; the lock is
-    /// free meanwhile, so that other vCPUs can read registers as long as this takes.
-    fn reset(&self) {
+    /// free meanwhile, so that all vCPUs can read registers as long as this takes.
+    ///
+    /// A device waits for the requests that it is serving, and those for the host. When the host does not
+    /// answer, that must not be the end of a vCPU: so it happens on a thread of its own.
+    fn reset(self: &Arc<Self>) {
         self.signals.set_running(false);
+        let (done, ended) = mpsc::channel();
+        let this = self.clone();
+        let body = move || {
+            this.finish_reset();
+            drop(this);
+            // Nobody is there any more when it took long.
+            let _ = done.send(());
+        };
+        match thread::Builder::new().name("virtio-reset".into()).spawn(body) {
+            Ok(_) => {
+                let _ = ended.recv_timeout(QUICK_RESET);
+            }
+            Err(error) => {
+                log::warn!("no thread to reset a virtio device, a vCPU does it: {error}");
+                self.finish_reset();
+            }
+        }
+    }
+
+    fn finish_reset(&self) {
         self.device.reset();
         let mut state = lock(&self.state);
         self.signals.reset();

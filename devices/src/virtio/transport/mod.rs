@@ -84,7 +84,7 @@ pub struct VirtioPci {
     pci_cfg: PciCfg,
     /// What tells how long the shared memory is.
     shared_memory: Option<SharedMemoryCap>,
-    common: CommonConfiguration,
+    common: Arc<CommonConfiguration>,
     signals: Arc<Signals>,
     window: Option<Arc<dyn WindowSlot>>,
 }
@@ -145,6 +145,7 @@ impl VirtioPci {
         let pci_cfg = PciCfg::add(&mut configuration)?;
         let signals = Arc::new(Signals::new(msix.clone(), sizes.len()));
         let common = CommonConfiguration::new(device.clone(), memory, signals.clone());
+        let common = Arc::new(common);
         Ok(Self {
             device,
             configuration: Mutex::new(configuration),

@@ -290,7 +290,7 @@ fn a_reset_ends_the_waiting_at_once_and_nothing_is_written_afterwards() {
         machine.nothing_comes(queue);
     }
     let start = Instant::now();
-    machine.driver.set_status(0);
+    machine.driver.reset();
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     assert_eq!(machine.driver.status(), 0);
     let before = machine.writable_memory();
@@ -320,7 +320,7 @@ fn a_lock_that_is_granted_during_a_reset_is_answered_before_it_or_never() {
                 flock(host, FlockOperation::Unlock).unwrap();
             });
             std::thread::sleep(Duration::from_micros(300));
-            driver.set_status(0);
+            driver.reset();
         });
         let before = machine.writable_memory();
         let interrupts = machine.driver.controller.triggers();

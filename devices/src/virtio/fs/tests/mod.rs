@@ -6,6 +6,7 @@ mod device;
 mod direct;
 mod dispatch;
 mod frames;
+mod hung;
 mod identity;
 mod locks;
 mod names;

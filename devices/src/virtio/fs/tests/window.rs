@@ -79,7 +79,7 @@ fn a_driver_that_wants_to_know_is_told_that_the_window_has_grown() {
     driver.write_config(at + 12, &[0xff; 4]);
     driver.write_config(at + 20, &[0xff; 4]);
     assert_eq!(driver.find(8).unwrap().len, 12 * GIB);
-    driver.set_status(0);
+    driver.reset();
     assert!(!device.window_has_grown(), "the driver is gone");
     assert_eq!(driver.controller.triggers()[0], 3);
 }

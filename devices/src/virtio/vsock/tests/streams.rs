@@ -352,7 +352,7 @@ fn a_reset_of_the_device_ends_all_streams_and_the_guest_is_told() {
     let mut guest = Guest::ready();
     guest.offer(EVENT, 0, 4);
     let (mut client, _) = guest.connected(10);
-    guest.driver.set_status(0);
+    guest.driver.reset();
     assert_eq!(rest(&mut client), b"");
     guest.start(0);
     guest.offer(EVENT, 0, 3);
