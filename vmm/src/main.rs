@@ -2,7 +2,7 @@
 //!
 //! From the top down: [`cli`] reads the command line, [`sandbox`] turns it into a machine and follows it to
 //! its end, [`kernel`] finds and loads what boots, [`machine`] is the machine itself. [`host`] knows what
-//! this host can do, [`socket`] makes sockets, [`stdio`], [`terminal`] and [`signals`] are what the user has in
+//! this host can do, [`walls`] what a sandbox gives up before it runs, [`socket`] makes sockets, [`stdio`], [`terminal`] and [`signals`] are what the user has in
 //! hand, [`logs`] keeps what a sandbox writes, [`control`] talks to sandboxes that run, and [`agent`] to the `oriel-init` inside. What the guest touches
 //! is in the `devices` crate.
 
@@ -18,6 +18,7 @@ mod signals;
 mod socket;
 mod stdio;
 mod terminal;
+mod walls;
 
 fn main() -> std::process::ExitCode {
     cli::main()

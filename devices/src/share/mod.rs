@@ -129,7 +129,8 @@ impl Share {
         const OWN: usize = 4;
         let own_descriptors = common.descriptors.take(if index == 0 { 0 } else { OWN })?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = openat(CWD, &options.directory, flags, Mode::empty())?;
+        let found_at = options.found_at.as_ref().unwrap_or(&options.directory);
+        let root = openat(CWD, found_at, flags, Mode::empty())?;
         let host = Host::new()?;
         if pseudo::is_pseudo(&root)? {
             return Err(io::Error::other(

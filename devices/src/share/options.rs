@@ -116,6 +116,8 @@ impl LockLimits {
 pub struct Options {
     /// The host directory.
     pub directory: PathBuf,
+    /// Where this process finds it, if not there: in a mount namespace of its own, or by a descriptor.
+    pub found_at: Option<PathBuf>,
     /// Every change is answered with `EROFS`, from the start on.
     pub read_only: bool,
     /// How long the guest may trust what it was told.
@@ -190,6 +192,7 @@ impl Options {
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self {
             directory: directory.into(),
+            found_at: None,
             read_only: false,
             cache: CachePolicy::default(),
             entry_timeout: None,

@@ -25,6 +25,7 @@ mod roots;
 mod shares;
 mod systemd;
 mod vsock;
+mod walls;
 mod windows;
 
 /// The program that runs in guests.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::host;
 use crate::kernel::{self, Assets};
+use crate::{host, walls};
 
 /// Exit status when something that every sandbox needs is missing.
 const STATUS_MISSING: u8 = 1;
@@ -95,6 +95,10 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
         report.note("user", "root: files that the guest makes belong to the guest's user ids");
     } else {
         report.note("user", "not root: files that the guest makes belong to you");
+    }
+    // Last: it changes this process.
+    for (what, there, detail) in walls::report() {
+        if there { report.good(what, detail) } else { report.note(what, detail) }
     }
     Ok(if report.usable { 0 } else { STATUS_MISSING })
 }

@@ -1,6 +1,7 @@
 //! `oriel run --detach`: the sandbox becomes a process of its own, and this one ends once its command runs.
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 
@@ -79,18 +80,38 @@ pub fn leave_session() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::TERM)).context("--detach")
 }
 
-/// In the sandbox: says that it runs, and is alone from then on.
-///
-/// # Errors
-///
-/// When nobody waits to hear it: then nobody wants the sandbox.
-pub fn release(name: &str) -> Result<()> {
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "{name}").and_then(|()| stdout.flush()).context("standard output")?;
-    set_parent_process_death_signal(None)?;
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::stdio::dup2_stdout(&null)?;
-    rustix::stdio::dup2_stderr(&null)?;
-    Ok(())
+/// In the sandbox: what it takes to leave whoever has started it.
+pub struct Release {
+    name: String,
+    null: OwnedFd,
+}
+
+impl Release {
+    /// For the sandbox `name`.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn new(name: &str) -> Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let null = rustix::fs::open("/dev/null", flags, Mode::empty()).context("/dev/null")?;
+        Ok(Self { name: name.to_owned(), null })
+    }
+
+    /// Says that the sandbox runs, which is alone from then on.
+    ///
+    /// # Errors
+    ///
+    /// When nobody waits to hear it: then nobody wants the sandbox.
+    pub fn now(self) -> Result<()> {
+        let mut stdout = std::io::stdout();
+        writeln!(stdout, "{}", self.name)
+            .and_then(|()| stdout.flush())
+            .context("standard output")?;
+        set_parent_process_death_signal(None)?;
+        rustix::stdio::dup2_stdin(&self.null)?;
+        rustix::stdio::dup2_stdout(&self.null)?;
+        rustix::stdio::dup2_stderr(&self.null)?;
+        Ok(())
+    }
 }

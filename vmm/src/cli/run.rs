@@ -113,6 +113,13 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value_t = UserNamespace::Host, value_name = "host|auto")]
     pub userns: UserNamespace,
 
+    /// Do not confine the process that runs the guest
+    ///
+    /// By default it gives up, before the guest's first instruction, what it does not need of the host: see
+    /// SECURITY.md. Without, a guest that finds a mistake in it has all that this user has.
+    #[arg(long)]
+    pub no_sandbox: bool,
+
     /// Number of CPUs, at most the host's
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub cpus: u8,

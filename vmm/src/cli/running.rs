@@ -1,9 +1,11 @@
 //! Commands for a sandbox that runs: `oriel share`, `oriel stats` and `oriel status`.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
+use rustix::fs::{Mode, OFlags};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -140,7 +142,11 @@ fn add(args: &AddArgs) -> Result<u8> {
     let host = std::path::absolute(&host).with_context(|| host.display().to_string())?;
     let text = host.to_str().with_context(|| format!("{host:?} is not UTF-8"))?;
     let request = Request::ShareAdd { host: text.into(), path, options };
-    let added: Added = ask(&args.sandbox, &request)?;
+    // The sandbox sees nothing of the host by its name.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(&host, flags, Mode::empty()).context(text.to_string())?;
+    let reply = client::ask_giving(&args.sandbox, &request, directory.as_fd())?;
+    let added: Added = serde_json::from_value(reply).context("an answer of another version")?;
     let access = if added.read_only { ", read-only" } else { "" };
     print(&format!("{}: {text}{access}", added.guest_path))
 }

@@ -1,8 +1,8 @@
 //! The other end: one request to a sandbox.
 
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::os::fd::OwnedFd;
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Reply, Request, SOCKET, check_name, directory, socket_path};
+use super::{Reply, Request, SOCKET, check_name, directory, lines, socket_path};
 
 /// How long a sandbox may take over a request. None waits for the guest.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -27,6 +27,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// When there is none, or it does not do what it is asked: one line that says why.
 pub fn ask(name: &str, request: &Request) -> Result<Value> {
     Connection::open(name)?.ask(request)
+}
+
+/// Asks the sandbox `name` of this user, and gives it a descriptor.
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn ask_giving(name: &str, request: &Request, given: BorrowedFd<'_>) -> Result<Value> {
+    Connection::open(name)?.ask_giving(request, Some(given))
 }
 
 #[cfg(test)]
@@ -116,11 +125,15 @@ impl Connection {
     ///
     /// When it does not do what it is asked: one line that says why.
     pub fn ask(&mut self, request: &Request) -> Result<Value> {
+        self.ask_giving(request, None)
+    }
+
+    fn ask_giving(&mut self, request: &Request, given: Option<BorrowedFd<'_>>) -> Result<Value> {
         let name = &self.name;
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         // One that does not listen may still have said why.
-        let said = self.stream.get_mut().write_all(&line);
+        let said = lines::send(self.stream.get_ref(), &line, given);
         let mut line = String::new();
         let heard = self.stream.read_line(&mut line);
         if heard.with_context(|| format!("sandbox {name:?} does not answer"))? == 0 {

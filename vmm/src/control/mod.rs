@@ -5,6 +5,7 @@
 //! [`client`] that of `oriel share`, `oriel stats` and whoever else may.
 
 pub mod client;
+mod lines;
 pub mod server;
 
 use std::fs::{self, File};
@@ -40,9 +41,11 @@ pub enum Request {
         /// The new size.
         size: u64,
     },
-    /// Put a directory of the host's among the shares that come and go.
+    /// Put a directory of the host's among the shares that come and go: the one whose descriptor comes with the
+    /// request (`SCM_RIGHTS`).
     ShareAdd {
-        /// The host's directory, an absolute path.
+        /// The host's directory, an absolute path. Without a descriptor it is found by this, if the sandbox sees any
+        /// paths of the host's.
         host: String,
         /// Where it appears, below the guest path of `--shares`.
         path: String,

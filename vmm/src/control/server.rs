@@ -4,7 +4,8 @@
 //! alone. What comes is checked all the same, and a client that says nothing keeps no other from speaking.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,6 +18,7 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use serde_json::Value;
 
+use super::lines::Lines;
 use super::{MAX_LINE, Reply, Request, hold, socket_path};
 use crate::socket::{InUse, ListeningSocket};
 
@@ -27,9 +29,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// After an `accept` that failed: the process has no file descriptor left, and perhaps soon has.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
 
-/// Answers a request. Called by a thread for each client, several at a time. One that may wait for long asks now and
-/// then whether the client is gone, and gives up then.
-pub type Handler = dyn Fn(Request, &dyn Fn() -> bool) -> Result<Value, String> + Send + Sync;
+/// Answers a request, which may have come with a descriptor. Called by a thread for each client, several at a time. One
+/// that may wait for long asks now and then whether the client is gone, and gives up then.
+pub type Handler =
+    dyn Fn(Request, Option<OwnedFd>, &dyn Fn() -> bool) -> Result<Value, String> + Send + Sync;
 
 /// A sandbox's socket. It is there as long as this value, whatever state the sandbox is in; dropping it takes
 /// it out of the file system.
@@ -153,29 +156,27 @@ fn say(stream: &mut UnixStream, reply: &Reply) -> io::Result<()> {
 
 /// Answers line by line, up to the end of what a client says.
 fn converse(mut stream: UnixStream, clients: &Clients, handler: &Handler) -> io::Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?);
     let watched = stream.try_clone()?;
+    let mut lines = Lines::new(&watched, MAX_LINE);
     let gone = || {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let heard = rustix::net::recv(&watched, &mut [0], flags);
         !matches!(heard, Ok((_, 1..)) | Err(Errno::AGAIN | Errno::INTR))
     };
     loop {
-        let mut line = Vec::new();
-        reader.by_ref().take(MAX_LINE as u64 + 1).read_until(b'\n', &mut line)?;
-        if line.is_empty() {
-            return Ok(());
-        }
-        if line.len() > MAX_LINE {
-            // Where the next one begins is anybody's guess.
-            return say(
-                &mut stream,
-                &Reply::Error(format!("a line of more than {MAX_LINE} bytes")),
-            );
-        }
+        let line = match lines.next() {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                // Where the next one begins is anybody's guess.
+                let long = format!("a line of more than {MAX_LINE} bytes");
+                return say(&mut stream, &Reply::Error(long));
+            }
+            Err(error) => return Err(error),
+        };
         *clients.busy() += 1;
-        let reply = match serde_json::from_slice(&line) {
-            Ok(request) => handler(request, &gone).map_or_else(Reply::Error, Reply::Ok),
+        let reply = match serde_json::from_slice(&line.bytes) {
+            Ok(request) => handler(request, line.given, &gone).map_or_else(Reply::Error, Reply::Ok),
             Err(error) => Reply::Error(format!("no request: {error}")),
         };
         let said = say(&mut stream, &reply);
@@ -187,6 +188,7 @@ fn converse(mut stream: UnixStream, clients: &Clients, handler: &Handler) -> io:
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
 
@@ -197,7 +199,7 @@ mod tests {
 
     fn started(directory: &Path) -> ControlSocket {
         let socket = ControlSocket::new(directory, "box").unwrap();
-        let handler = |request, gone: &dyn Fn() -> bool| match request {
+        let handler = |request, _, gone: &dyn Fn() -> bool| match request {
             Request::Wait {} => {
                 while !gone() {
                     std::thread::sleep(Duration::from_millis(1));

@@ -1,5 +1,6 @@
 //! What a sandbox answers on its control socket, and what it says of itself there.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -148,17 +149,23 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// Does what a client of the control socket asks, which may be `gone`. Called by many threads at once.
+    /// Does what a client of the control socket asks, which may have `given` a descriptor along, and may be `gone`.
+    /// Called by many threads at once.
     ///
     /// # Errors
     ///
     /// Why not, in a line.
-    pub fn answer(&self, request: Request, gone: &dyn Fn() -> bool) -> Result<Value, String> {
+    pub fn answer(
+        &self,
+        request: Request,
+        given: Option<OwnedFd>,
+        gone: &dyn Fn() -> bool,
+    ) -> Result<Value, String> {
         match request {
             Request::Wait {} => value(&self.ending.wait(gone)?),
             Request::ShareResize { share, size } => value(&self.shares.resize(&share, size)?),
             Request::ShareAdd { host, path, options } => {
-                value(&self.shares.live()?.add(&host, &path, &options)?)
+                value(&self.shares.live()?.add(&host, &path, &options, given)?)
             }
             Request::ShareRemove { path, force } => {
                 value(&self.shares.live()?.remove(&path, force)?)
@@ -240,7 +247,7 @@ mod tests {
             notifier: Notifier::new(sender, wake.clone()),
             link: None,
         };
-        let answer = |request| answers.answer(request, &|| false);
+        let answer = |request| answers.answer(request, None, &|| false);
         let status = answer(Request::Status {}).unwrap();
         assert_eq!(status["state"], "booting");
         assert_eq!((&status["cpus"], &status["memory"]), (&json!(2), &json!(1u64 << 30)));
@@ -267,7 +274,7 @@ mod tests {
             let error = answer(Request::Signal { number }).unwrap_err();
             assert!(error.contains(hint), "{error}");
         }
-        assert!(answers.answer(Request::Wait {}, &|| true).is_err(), "nobody waits any more");
+        assert!(answers.answer(Request::Wait {}, None, &|| true).is_err(), "nobody waits any more");
         thread::scope(|scope| {
             let waits = scope.spawn(|| answer(Request::Wait {}));
             answers.ending.set(Ok(7));

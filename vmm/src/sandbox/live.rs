@@ -1,5 +1,6 @@
 //! The shares that come and go while the sandbox runs: what `oriel share` does to the tree of `--shares`.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -26,6 +27,8 @@ pub struct Live {
     pub limits: FileLimits,
     /// Whose files are whose.
     pub identity: Arc<Identity>,
+    /// Names of the host's are none here: whoever adds a directory gives it.
+    pub elsewhere: bool,
 }
 
 /// What became of [`Request::ShareAdd`](crate::control::Request::ShareAdd).
@@ -99,12 +102,18 @@ pub struct Updated {
 }
 
 impl Live {
-    /// Adds a directory. `options` are as in `--share`.
+    /// Adds a directory, `given` by its descriptor or found by its name. `options` are as in `--share`.
     ///
     /// # Errors
     ///
     /// Why not, in a line.
-    pub fn add(&self, host: &str, path: &str, options: &str) -> Result<Added, String> {
+    pub fn add(
+        &self,
+        host: &str,
+        path: &str,
+        options: &str,
+        given: Option<OwnedFd>,
+    ) -> Result<Added, String> {
         let directory = Path::new(host);
         if !directory.is_absolute() {
             return Err(format!("the host directory {host:?} is not an absolute path"));
@@ -112,8 +121,17 @@ impl Live {
         let asked = options.parse::<MemberOptions>()?;
         let options = asked.among(&self.options);
         let named = |error: &dyn std::fmt::Display| format!("{host}: {error}");
-        let served = served(directory, &options, 0, &self.limits, &self.identity)
+        let mut served = served(directory, &options, 0, &self.limits, &self.identity)
             .map_err(|error| named(&error))?;
+        // The share opens it anew, so that no right of the giver's to the directory is used.
+        let at = |given: &OwnedFd| format!("/proc/self/fd/{}", given.as_raw_fd()).into();
+        served.found_at = given.as_ref().map(at);
+        if given.is_none() && self.elsewhere {
+            return Err(format!(
+                "{host}: this sandbox sees nothing of the host by its name; send a descriptor of the directory with \
+                 the request (SCM_RIGHTS), as `oriel share add` does, or run it with --no-sandbox"
+            ));
+        }
         self.tree.add(path, served).map_err(|error| match error {
             TreeError::Host(why) => named(&why),
             error => error.to_string(),
@@ -190,7 +208,7 @@ mod tests {
         let limits = FileLimits { descriptors: 64, handles: 64, lock_owners: 8 };
         let session = served(Path::new("/"), &options, 0, &limits, &identity).unwrap();
         let tree = Arc::new(Tree::new(session, None));
-        Live { tree, guest, options, limits, identity }
+        Live { tree, guest, options, limits, identity, elsewhere: false }
     }
 
     #[test]
@@ -198,10 +216,10 @@ mod tests {
         let live = live("/run/shares:acl,dax=always");
         let directory = tempfile::tempdir().unwrap();
         let host = directory.path().to_str().unwrap();
-        let added = live.add(host, "/a/b", "").unwrap();
+        let added = live.add(host, "/a/b", "", None).unwrap();
         let expected = Added { guest_path: "/run/shares/a/b".into(), read_only: false };
         assert_eq!(added, expected);
-        assert!(live.add(host, "/ro", "ro,cache=never,attr-timeout=2s").unwrap().read_only);
+        assert!(live.add(host, "/ro", "ro,cache=never,attr-timeout=2s", None).unwrap().read_only);
         assert_eq!(live.update("/a/b", true), Ok(Updated { read_only: true }));
         let list = live.list();
         assert_eq!(list.guest_path, "/run/shares");
@@ -221,7 +239,7 @@ mod tests {
         let live = live("/run/shares");
         let directory = tempfile::tempdir().unwrap();
         let host = directory.path().to_str().unwrap();
-        live.add(host, "/a", "").unwrap();
+        live.add(host, "/a", "", None).unwrap();
         for (host, path, options, hint) in [
             ("relative", "/x", "", "absolute"),
             ("", "/x", "", "absolute"),
@@ -244,13 +262,13 @@ mod tests {
             (host, "/x", "cache=never,dax=never,direct=host", "direct=host: cannot differ"),
             (host, "/x", "uid-map=0:0:1,uid-map=0:1:1", "uid-map"),
         ] {
-            let error = live.add(host, path, options).unwrap_err();
+            let error = live.add(host, path, options, None).unwrap_err();
             assert!(
                 error.contains(hint) && !error.contains('\n'),
                 "{host}:{path}:{options}: {error}"
             );
         }
-        live.add(host, "/never", "dax=never").unwrap();
+        live.add(host, "/never", "dax=never", None).unwrap();
         for error in [live.remove("/b", false).err(), live.update("/b", true).err()] {
             assert!(error.unwrap().contains("only at /a, /never"));
         }

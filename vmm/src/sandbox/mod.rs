@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
-use std::path::{self, Path};
+use std::path::{self, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -43,6 +43,7 @@ pub use self::shares::Resized;
 use self::shares::{RunningShare, Shares};
 use self::streams::{Console, Notifier, Tail};
 use self::supervisor::{Outcome, Progress, Supervisor};
+use crate::cli::detach::Release;
 use crate::cli::{ConsoleTarget, RunArgs, ShareOptions, UsageError, UserNamespace};
 use crate::control::server::ControlSocket;
 use crate::logs::Log;
@@ -50,7 +51,8 @@ use crate::machine::{Machine, MachineConfig, StopReason};
 use crate::signals::Signals;
 use crate::socket::ListeningSocket;
 use crate::stdio::duplicate;
-use crate::{control, host, kernel, terminal};
+use crate::walls::Inside;
+use crate::{control, host, kernel, terminal, walls};
 
 /// What the main thread waits for.
 #[derive(Debug, PartialEq, Eq)]
@@ -102,7 +104,6 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let own_socket = vsock.map(|path| ListeningSocket::new(path).context("--vsock")).transpose()?;
     host::raise_open_file_limit();
 
-    let progress = Progress::start();
     let image =
         plan::boot_image(args, kernel::find(args.kernel.as_deref(), !args.no_unpack)?, &shares)?;
 
@@ -125,8 +126,26 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     // Never dropped: a worker may hang in a file system of the host that does not answer, and to wait for it
     // would be to hang too. The end of the process, which is near, gives everything back.
     let mut machine = ManuallyDrop::new(Machine::new(kvm, config)?);
-    let sources = shares.iter().map(Source::Directory).chain(live.iter().map(Source::Live));
-    let sources: Vec<_> = sources.collect();
+    let released = named.as_ref().filter(|_| args.detach).map(|named| Release::new(&named.name));
+    let released = released.transpose()?;
+    let places = places(own_socket.as_ref(), named.as_ref())?;
+    // Names of the host's mean nothing from here on.
+    let inside = match args.no_sandbox {
+        false => walls::raise(&plan::walls(&shares, live.as_ref(), places, entered))?,
+        true => {
+            log::warn!(
+                "--no-sandbox: a guest that takes over this process has all that this user has"
+            );
+            Inside::open()
+        }
+    };
+    let progress = Progress::start();
+    let sources = shares
+        .iter()
+        .enumerate()
+        .map(|(number, share)| Source::Directory { share, found_at: inside.place_of(number) });
+    let live = live.iter().map(|live| Source::Live { live, elsewhere: inside.is_elsewhere() });
+    let sources: Vec<_> = sources.chain(live).collect();
     let mut running = Vec::new();
     for source in &sources {
         let limits = FileLimits::for_each_of(sources.len());
@@ -162,7 +181,10 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         let (progress, shares, notifier) = (state.clone(), running.clone(), notifier.clone());
         let ending = ending.clone();
         let answers = Answers { about, progress, ending, shares, notifier, link: link.clone() };
-        named.control.serve(Arc::new(move |request, gone| answers.answer(request, gone)))?;
+        let answer = move |request, given: Option<OwnedFd>, gone: &dyn Fn() -> bool| {
+            answers.answer(request, given, gone)
+        };
+        named.control.serve(Arc::new(answer))?;
     }
 
     let mut keyboard = None;
@@ -182,7 +204,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         progress,
         state,
         outcome: Outcome::default(),
-        detach_as: args.name.clone().filter(|_| args.detach),
+        released,
         log: named.as_ref().map(|named| named.log.clone()),
         terminal: args.tty,
         raw: None,
@@ -238,6 +260,9 @@ impl FileLimits {
 
 /// What a sandbox with a name has, beside one without.
 struct Named {
+    name: String,
+    /// Where its sockets and logs are.
+    directory: PathBuf,
     /// What it and its command write.
     log: Arc<Log>,
     control: ControlSocket,
@@ -255,7 +280,7 @@ impl Named {
             path.map(|path| ListeningSocket::new(&path)).transpose().with_context(option)?;
         let path = control::log_path(&directory, name);
         let log = Arc::new(Log::create(&path).with_context(option)?);
-        Ok(Self { log, control, vsock })
+        Ok(Self { name: name.to_owned(), directory, log, control, vsock })
     }
 }
 
@@ -264,6 +289,16 @@ impl Drop for Named {
     fn drop(&mut self) {
         self.log.end();
     }
+}
+
+/// The directories in which this process has something.
+fn places(vsock: Option<&ListeningSocket>, named: Option<&Named>) -> Result<Vec<PathBuf>> {
+    let mut places: Vec<_> = named.iter().map(|named| named.directory.clone()).collect();
+    if let Some(socket) = vsock {
+        let path = path::absolute(socket.path())?;
+        places.extend(path.parent().map(Path::to_owned));
+    }
+    Ok(places)
 }
 
 /// Puts a socket device on the machine.
@@ -326,10 +361,10 @@ fn served(
 
 /// Where a share comes from.
 enum Source<'p> {
-    /// A directory.
-    Directory(&'p PlannedShare),
-    /// Directories that come and go.
-    Live(&'p PlannedLive),
+    /// A directory, and where it is now when that is not its name on the host.
+    Directory { share: &'p PlannedShare, found_at: Option<PathBuf> },
+    /// Directories that come and go. `elsewhere`: by no name of the host's.
+    Live { live: &'p PlannedLive, elsewhere: bool },
 }
 
 /// Puts a virtio-fs device on the machine.
@@ -341,11 +376,11 @@ fn add_share(
     identity: &Arc<Identity>,
 ) -> Result<RunningShare> {
     let (name, tag, guest, options, choice) = match source {
-        Source::Directory(share) => {
+        Source::Directory { share, .. } => {
             let name = format!("--share {}", share.host.display());
             (name, &share.tag, &share.guest, &share.options, &share.window)
         }
-        Source::Live(live) => {
+        Source::Live { live, .. } => {
             let name = format!("--shares {}", live.guest);
             (name, &live.tag, &live.guest, &live.options, &live.window)
         }
@@ -363,22 +398,24 @@ fn add_share(
             Some(Arc::new(window))
         }
     };
-    let directory = match source {
-        Source::Directory(share) => share.host.as_path(),
+    let (directory, found_at) = match source {
+        Source::Directory { share, found_at } => (share.host.as_path(), found_at.clone()),
         // Nothing is served of it.
-        Source::Live(_) => Path::new("/"),
+        Source::Live { .. } => (Path::new("/"), None),
     };
-    let served = served(directory, options, choice.bytes, &limits, identity)
+    let mut served = served(directory, options, choice.bytes, &limits, identity)
         .map_err(|error| UsageError(format!("{name}: {error}")))?;
+    served.found_at = found_at;
     let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
     let mut live = None;
     let files: Arc<dyn FileSystem> = match source {
-        Source::Directory(_) => Arc::new(Share::new(served).with_context(|| name.clone())?),
-        Source::Live(_) => {
+        Source::Directory { .. } => Arc::new(Share::new(served).with_context(|| name.clone())?),
+        Source::Live { elsewhere, .. } => {
             let tree = Arc::new(Tree::new(served, region.clone()));
             let (guest, options) = (guest.clone(), options.clone());
             let identity = identity.clone();
-            live = Some(Live { tree: tree.clone(), guest, options, limits, identity });
+            let elsewhere = *elsewhere;
+            live = Some(Live { tree: tree.clone(), guest, options, limits, identity, elsewhere });
             tree
         }
     };

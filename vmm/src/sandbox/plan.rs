@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use devices::share::CachePolicy;
+use devices::share::{CachePolicy, XattrPolicy};
 use oriel_init::initramfs;
 use oriel_init::protocol::{Config, Dax, LOADER_PATH, Process, Root, Share};
 
 use super::window::WindowChoice;
 use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError, values};
 use crate::kernel::{Assets, BootImage, Kernel};
+use crate::walls;
 
 /// What every kernel is told. `panic=-1`: reset at once, which ends the sandbox, instead of hanging.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 random.trust_cpu=on";
@@ -162,6 +163,34 @@ pub fn boot_image(args: &RunArgs, kernel: Kernel, shares: &[PlannedShare]) -> Re
     Ok(BootImage { kernel: kernel.file, initrd, cmdline })
 }
 
+/// What the process keeps of the host. `places` are the directories of its sockets and logs; `in_namespace` when it
+/// has entered a user namespace of its own.
+pub fn walls<'p>(
+    shares: &'p [PlannedShare],
+    live: Option<&PlannedLive>,
+    places: Vec<PathBuf>,
+    in_namespace: bool,
+) -> walls::Plan<'p> {
+    let writes = |options: &ShareOptions| !options.read_only && !options.overlay;
+    // Of those that come later nothing is known but that.
+    let live_writes = live.is_some_and(|live| writes(&live.options));
+    let all = || shares.iter().map(|share| &share.options);
+    let asked_for_on = |options: &ShareOptions| options.xattr == Some(XattrPolicy::On);
+    let needs = walls::Needs {
+        writes: live_writes || all().any(writes),
+        device_nodes: live_writes || all().any(|options| options.device_nodes),
+        file_capabilities: live_writes
+            || all().any(|options| writes(options) && asked_for_on(options)),
+        trusted: all().any(asked_for_on),
+    };
+    let shared = |share: &'p PlannedShare| walls::Shared {
+        host: &share.host,
+        read_only: !writes(&share.options),
+    };
+    let shares = shares.iter().map(shared).collect();
+    walls::Plan { shares, places, live: live.is_some(), handles: !in_namespace, needs }
+}
+
 /// Whether the guest has a socket device. By its name a sandbox is found for further commands, and they come over
 /// vsock.
 pub fn has_vsock(args: &RunArgs) -> bool {
@@ -297,6 +326,35 @@ mod tests {
             let error = super::live(&args, &shares(&args).unwrap()).err().unwrap();
             assert!(error.downcast_ref::<UsageError>().is_some(), "{error:#}");
         }
+    }
+
+    #[test]
+    fn the_process_keeps_what_its_shares_need() {
+        let needs = |words: &[&str]| {
+            let args = args(words);
+            let shares = shares(&args).unwrap();
+            let live = live(&args, &shares).unwrap();
+            walls(&shares, live.as_ref(), Vec::new(), false).needs
+        };
+        let none = walls::Needs::default();
+        let writes = walls::Needs { writes: true, ..none };
+        assert_eq!(needs(&[]), none);
+        assert_eq!(needs(&["--root", "/:overlay", "-v", "/tmp:/t:ro"]), none);
+        assert_eq!(needs(&["-v", "/tmp:/t:ro", "-v", "/tmp:/u"]), writes);
+        assert_eq!(needs(&["-v", "/tmp:/t:dev"]), walls::Needs { device_nodes: true, ..writes });
+        assert_eq!(needs(&["-v", "/tmp:/t:ro,xattr=on"]), walls::Needs { trusted: true, ..none });
+        let all = walls::Needs { file_capabilities: true, trusted: true, ..writes };
+        assert_eq!(needs(&["-v", "/tmp:/t:xattr=on"]), all);
+        assert_eq!(needs(&["--shares", "/s:ro"]), none);
+        let live = walls::Needs { device_nodes: true, file_capabilities: true, ..writes };
+        assert_eq!(needs(&["--shares", "/s"]), live);
+        let args = args(&["--root", "/:overlay", "-v", "/tmp:/t"]);
+        let shares = shares(&args).unwrap();
+        let plan = walls(&shares, None, Vec::new(), false);
+        assert_eq!(
+            plan.shares.iter().map(|share| share.read_only).collect::<Vec<_>>(),
+            [true, false]
+        );
     }
 
     #[test]

@@ -16,7 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::link::{Link, Sink, forward_input};
 use super::streams::{Notifier, Tail};
 use super::{Event, State, answers};
-use crate::cli::{self, STATUS_SANDBOX, detach};
+use crate::cli::detach::Release;
+use crate::cli::{self, STATUS_SANDBOX};
 use crate::logs::Log;
 use crate::machine::StopReason;
 use crate::signals::{self, Patience, Signals};
@@ -104,8 +105,8 @@ pub struct Supervisor {
     pub state: Arc<answers::Progress>,
     /// What is known so far.
     pub outcome: Outcome,
-    /// By this name the sandbox goes on by itself once the command runs.
-    pub detach_as: Option<String>,
+    /// The sandbox goes on by itself once the command runs.
+    pub released: Option<Release>,
     /// Where its output goes then.
     pub log: Option<Arc<Log>>,
     /// The command has a terminal.
@@ -150,8 +151,8 @@ impl Supervisor {
     ///
     /// When they do not wait for it.
     pub fn detach(&mut self) -> Result<()> {
-        if let Some(name) = self.detach_as.take() {
-            detach::release(&name).context("--detach")?;
+        if let Some(release) = self.released.take() {
+            release.now().context("--detach")?;
             self.outcome.detached = true;
             if let Some(log) = &self.log {
                 log.keep();
