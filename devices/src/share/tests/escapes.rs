@@ -1,6 +1,7 @@
 use std::os::unix::fs::symlink as host_symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{CWD, FileType, Mode};
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use super::*;
@@ -204,6 +205,41 @@ fn a_file_of_the_hosts_kernel_that_is_mounted_over_one_of_a_share_is_not_opened_
         assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
         unmount(&place, UnmountFlags::DETACH).unwrap();
     });
+}
+
+#[test]
+fn what_is_neither_file_nor_directory_is_never_opened() {
+    let guest = Guest::new();
+    let path = guest.path();
+    rustix::fs::mknodat(CWD, path.join("fifo"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let _listening = std::os::unix::net::UnixListener::bind(path.join("socket")).unwrap();
+    let mut names = vec!["fifo", "socket"];
+    // /dev/null's number. Only root of the host itself makes one.
+    let null = rustix::fs::makedev(1, 3);
+    let made =
+        rustix::fs::mknodat(CWD, path.join("device"), FileType::CharacterDevice, Mode::RWXU, null);
+    names.extend(made.is_ok().then_some("device"));
+    for name in names {
+        let node = guest.node(name);
+        for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR, libc::O_PATH, libc::O_NONBLOCK]
+        {
+            // Opened, the FIFO would block: nobody is at its other end.
+            assert_ne!(guest.open(node, flags).error, 0, "{name} {flags:#x}");
+            assert_ne!(guest.create(ROOT_ID, name, flags, 0o600).error, 0, "{name} {flags:#x}");
+        }
+        let opened = guest.call(Opcode::Opendir, node, &[OpenIn::default().as_slice()]);
+        assert_eq!(opened.error, libc::ENOTDIR, "{name}");
+        assert_eq!(guest.setup(node, 0, 4096, 1, 0).error, libc::EINVAL, "{name}");
+        let change = SetattrIn { valid: SetattrValid::SIZE.bits(), ..SetattrIn::default() };
+        assert_ne!(guest.setattr(node, change).error, 0, "{name}");
+        // All else is of the entry itself.
+        let change =
+            SetattrIn { valid: SetattrValid::MODE.bits(), mode: 0o640, ..SetattrIn::default() };
+        assert_eq!(guest.setattr(node, change).get::<AttrOut>().attr.mode & 0o777, 0o640);
+        link(&guest, node, ROOT_ID, "other").get::<EntryOut>();
+        unlink(&guest, Opcode::Unlink, ROOT_ID, "other").ok();
+    }
+    assert_eq!(guest.share.live_handles(), 0);
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod mappings;
 mod mounts;
 mod names;
 mod near;
+mod races;
 mod reach;
 mod read_only;
 mod tables;
