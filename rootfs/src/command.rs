@@ -100,7 +100,7 @@ pub(crate) fn prepare(process: &Process, ids: &Ids) -> Result<Command, Refusal> 
     }
     let groups = ids.groups.iter().map(|group| Gid::from_raw(*group)).collect();
     let (uid, gid) = (Uid::from_raw(ids.uid), Gid::from_raw(ids.gid));
-    sys::start_as(&mut command, process.terminal, uid, gid, groups);
+    sys::start_as(&mut command, process.terminal, uid, gid, groups, &process.confinement);
     Ok(command)
 }
 
@@ -157,6 +157,8 @@ fn examine(path: PathBuf) -> Found {
 mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
+
+    use oriel_init::container::Confinement;
 
     use super::*;
 
@@ -218,6 +220,7 @@ mod tests {
             user: None,
             terminal: false,
             stdin: false,
+            confinement: Confinement::default(),
         };
         for (process, status, hint) in [
             (process(&[], "/", &[]), 125, "no command"),

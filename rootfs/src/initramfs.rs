@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use cpio::newc;
 
+use crate::container::FILES_DIR;
 use crate::protocol::{CONFIG_PATH, Config, LOAD_ORDER_PATH, LOADER_PATH, MODULES_DIR};
 
 /// Where busybox lies in the initramfs; `oriel-init` makes the links to it.
@@ -32,8 +33,25 @@ pub struct Contents<'a> {
     pub modules_dir: Option<&'a Path>,
     /// A static busybox: the commands of a guest whose root is the initramfs itself.
     pub busybox: Option<&'a Path>,
+    /// Files of the host, for [`Container`](crate::container::Container)s.
+    pub files: &'a [FileCopy],
     /// What `oriel-init` is to do.
     pub config: &'a Config,
+}
+
+/// A copy of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileCopy {
+    /// Its name in [`FILES_DIR`].
+    pub name: String,
+    /// What is in it.
+    pub bytes: Vec<u8>,
+    /// Permissions.
+    pub mode: u32,
+    /// Whose it is.
+    pub uid: u32,
+    /// Whose group's.
+    pub gid: u32,
 }
 
 /// The names in a `load-order` file, as `kernel-config/fetch` leaves one beside the modules: what
@@ -87,6 +105,16 @@ pub fn build(contents: &Contents<'_>) -> Result<Vec<u8>> {
     }
     if let Some(busybox) = contents.busybox {
         archive.copy(BUSYBOX_PATH.trim_start_matches('/'), 0o755, busybox)?;
+    }
+    if !contents.files.is_empty() {
+        archive.directory(FILES_DIR.trim_start_matches('/'), 0o755)?;
+    }
+    for FileCopy { name, bytes, mode, uid, gid } in contents.files {
+        let name = format!("{}/{name}", FILES_DIR.trim_start_matches('/'));
+        let entry = archive.entry(&name, REGULAR | mode).uid(*uid).gid(*gid);
+        archive
+            .write(entry, bytes)
+            .with_context(|| format!("cannot add {name} to the initramfs"))?;
     }
     archive.file(
         "etc/passwd",
@@ -194,6 +222,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+    use crate::container::{Confinement, Container};
     use crate::protocol::{Dax, FromGuest, FromHost, Process, Root, Share};
 
     fn config() -> Config {
@@ -216,7 +245,9 @@ mod tests {
                 user: Some("1000:nogroup".into()),
                 terminal: false,
                 stdin: true,
+                confinement: Confinement::default(),
             },
+            container: Some(Container::default()),
             agent: false,
         }
     }
@@ -253,6 +284,7 @@ mod tests {
             init: &host.path().join("init"),
             modules_dir: Some(host.path()),
             busybox: Some(&host.path().join("busybox")),
+            files: &[FileCopy { name: "0".into(), bytes: vec![7], mode: 0o640, uid: 1, gid: 2 }],
             config: &config,
         };
         let archive = build(&contents).unwrap();
@@ -263,6 +295,7 @@ mod tests {
         assert_eq!(entries["oriel/modules/a.ko"].1, b"A");
         assert_eq!(entries["oriel/modules/b.ko"].1, b"BB");
         assert_eq!(entries["bin/busybox"], (0o100_755, b"BOX".to_vec(), (0, 0)));
+        assert_eq!(entries["oriel/files/0"], (0o100_640, vec![7], (0, 0)));
         assert_eq!(entries["dev/null"], (0o020_666, vec![], (1, 3)));
         assert_eq!(entries["tmp"].0, 0o041_777);
         assert!(entries["etc/passwd"].1.starts_with(b"root:x:0:0:"));
@@ -281,14 +314,18 @@ mod tests {
         let host = tempfile::tempdir().unwrap();
         let mut config = config();
         let init = host.path().join("init");
-        let contents = Contents { init: &init, modules_dir: None, busybox: None, config: &config };
+        let files = &[];
+        let contents =
+            Contents { init: &init, modules_dir: None, busybox: None, files, config: &config };
         assert!(build(&contents).unwrap_err().to_string().contains(&init.display().to_string()));
 
         fs::write(&init, "").unwrap();
         assert!(build(&contents).unwrap_err().to_string().contains("modules"));
 
         config.modules.clear();
-        let contents = Contents { init: &init, modules_dir: None, busybox: None, config: &config };
+        let files = &[];
+        let contents =
+            Contents { init: &init, modules_dir: None, busybox: None, files, config: &config };
         assert!(!entries(&build(&contents).unwrap()).contains_key("bin/busybox"));
     }
 

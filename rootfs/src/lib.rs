@@ -1,5 +1,6 @@
 //! What the host and `oriel-init` tell each other, and the initramfs that carries `oriel-init`.
 
+pub mod container;
 pub mod frames;
 pub mod initramfs;
 pub mod protocol;

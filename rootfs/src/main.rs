@@ -10,16 +10,17 @@ mod modules;
 mod mounts;
 mod process;
 mod service;
+mod surroundings;
 mod sys;
 mod terminal;
 mod users;
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -35,6 +36,7 @@ use crate::children::Children;
 use crate::command::Refusal;
 use crate::link::Port;
 use crate::process::{Control, Ports};
+use crate::surroundings::Files;
 
 /// How long the hosts of further commands may take to hear of the end of those.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -112,28 +114,36 @@ fn run(messages: &mut Port) -> Result<Result<u8, Refusal>> {
     let config: Config =
         serde_json::from_slice(&config).with_context(|| format!("cannot decode {CONFIG_PATH}"))?;
     modules::load(&config.modules)?;
+    let files = config.container.as_ref().map(Files::open).transpose()?;
     match &config.root {
         Some(root) => mounts::enter_root(root)?,
         None => install_busybox(),
     }
-    mounts::further();
+    let streams = Ports {
+        stdin: config.process.stdin.then(|| Port::open(STDIN_PORT)).transpose()?,
+        stdout: Port::open(STDOUT_PORT)?,
+        stderr: Port::open(STDERR_PORT)?,
+    };
+    match (&config.container, &files) {
+        (Some(container), Some(files)) => surroundings::make(container, files)?,
+        _ => mounts::further(),
+    }
     mounts::shares(&config.shares)?;
     rustix::system::sethostname(config.hostname.as_bytes())
         .with_context(|| format!("cannot set the host name to {:?}", config.hostname))?;
     if let Err(error) = sys::loopback_up() {
         log(&format!("cannot set the loopback interface up: {error}"));
     }
-    let ids = users::lookup(config.process.user.as_deref())?;
+    let ids = users::of(&config.process)?;
     // Now, and not in the child: a failure there could not be told from the command's own.
     let cwd = &config.process.cwd;
+    if config.container.is_some() {
+        // As runc has it.
+        fs::create_dir_all(cwd)
+            .with_context(|| format!("cannot create the working directory {cwd}"))?;
+    }
     std::env::set_current_dir(cwd)
         .with_context(|| format!("cannot enter the working directory {cwd}"))?;
-
-    let streams = Ports {
-        stdin: config.process.stdin.then(|| Port::open(STDIN_PORT)).transpose()?,
-        stdout: Port::open(STDOUT_PORT)?,
-        stderr: Port::open(STDERR_PORT)?,
-    };
     let children = Children::start().context("cannot start a thread")?;
     let control = Arc::new(Control::new(Arc::clone(&children)));
     let (port, listener) = (messages.try_clone()?, Arc::clone(&control));
@@ -152,7 +162,7 @@ fn run(messages: &mut Port) -> Result<Result<u8, Refusal>> {
     let status = process::run(&config.process, &ids, &control, streams, started)?;
     agent.finish(LAST_WORDS);
     std::env::set_current_dir("/").context("cannot leave the working directory")?;
-    mounts::leave(config.shares);
+    mounts::leave(config);
     Ok(status)
 }
 
@@ -180,8 +190,11 @@ fn one_line(error: &anyhow::Error) -> String {
 
 /// Writes a line to the kernel's log, where it shows up on COM1 among the kernel's own.
 fn log(line: &str) {
-    // Level 6, informational. There is nowhere to complain when this fails.
-    if let Ok(mut kernel) = OpenOptions::new().write(true).open("/dev/kmsg") {
+    // Once: a container hides it. There is nowhere to complain when this fails.
+    static KERNEL: OnceLock<Option<File>> = OnceLock::new();
+    let kernel = KERNEL.get_or_init(|| OpenOptions::new().write(true).open("/dev/kmsg").ok());
+    if let Some(mut kernel) = kernel.as_ref() {
+        // Level 6, informational.
         let _ = kernel.write_all(format!("<6>oriel-init: {line}\n").as_bytes());
     }
 }

@@ -9,7 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use oriel_init::protocol::{Dax, Root, Share};
+use oriel_init::container::What;
+use oriel_init::protocol::{Config, Dax, Root, Share};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
@@ -65,7 +66,7 @@ pub(crate) fn enter_root(root: &Root) -> Result<()> {
     if root.overlay {
         create(LOWER)?;
         create(UPPER)?;
-        mount_share(&root.share, LOWER)?;
+        mount_share(&root.share, LOWER, MountFlags::empty())?;
         rustix::mount::mount("tmpfs", UPPER, "tmpfs", MountFlags::empty(), c"mode=755")
             .context("cannot mount a tmpfs for the root's overlay")?;
         create(&format!("{UPPER}/upper"))?;
@@ -75,7 +76,7 @@ pub(crate) fn enter_root(root: &Root) -> Result<()> {
         rustix::mount::mount("overlay", NEW_ROOT, "overlay", MountFlags::empty(), options)
             .context("cannot mount an overlay over the root share (the kernel needs overlayfs, built in or as a module)")?;
     } else {
-        mount_share(&root.share, NEW_ROOT)?;
+        mount_share(&root.share, NEW_ROOT, MountFlags::empty())?;
     }
 
     for (_, place) in FIRST {
@@ -118,7 +119,7 @@ pub(crate) fn shares(shares: &[Share]) -> Result<()> {
             bail!("cannot mount share {} at {}: the path is not absolute", share.tag, share.path);
         }
         create(&share.path).with_context(|| format!("cannot mount share {}", share.tag))?;
-        mount_share(share, &share.path)?;
+        mount_share(share, &share.path, MountFlags::empty())?;
     }
     Ok(())
 }
@@ -131,13 +132,15 @@ fn create(path: &str) -> Result<()> {
     })
 }
 
-fn mount_share(share: &Share, place: &str) -> Result<()> {
+/// Mounts a share, with these flags and those of its own.
+pub(crate) fn mount_share(share: &Share, place: &str, flags: MountFlags) -> Result<()> {
     let (option, options): (_, Option<&CStr>) = match share.dax {
         Dax::Never => ("", None),
         Dax::Inode => (" with dax=inode", Some(c"dax=inode")),
         Dax::Always => (" with dax=always", Some(c"dax=always")),
     };
-    let flags = if share.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    let own = if share.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    let flags = flags | own;
     rustix::mount::mount(share.tag.as_str(), place, "virtiofs", flags, options).map_err(|error| {
         let hint = match error {
             Errno::INVAL if !has_device(&share.tag) => ": no virtio-fs device has this tag",
@@ -162,14 +165,18 @@ fn has_device(tag: &str) -> bool {
 }
 
 /// Unmounts the shares again and makes the rest read-only, so that every file is closed before the power goes.
-pub(crate) fn leave(shares: Vec<Share>) {
+pub(crate) fn leave(config: Config) {
     patiently(move || {
         rustix::fs::sync();
-        for share in shares.iter().rev() {
+        let mounts = config.container.iter().flat_map(|container| &container.mounts);
+        let bound = mounts.filter(|mount| matches!(mount.what, What::Share(_)));
+        let shares = config.shares.iter().map(|share| &share.path);
+        let places: Vec<_> = bound.map(|mount| &mount.path).chain(shares).collect();
+        for place in places.into_iter().rev() {
             if let Err(error) =
-                rustix::mount::unmount(Path::new(&share.path), rustix::mount::UnmountFlags::empty())
+                rustix::mount::unmount(Path::new(place), rustix::mount::UnmountFlags::empty())
             {
-                log(&format!("cannot unmount {}: {error}", share.path));
+                log(&format!("cannot unmount {place}: {error}"));
             }
         }
         // The root of an initramfs cannot, and need not.

@@ -27,6 +27,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::container::{Confinement, Container};
+
 /// The port of the command's standard input.
 pub const STDIN_PORT: &str = "org.oriel.stdin";
 /// The port of its standard output.
@@ -79,6 +81,8 @@ pub struct Config {
     pub shares: Vec<Share>,
     /// The guest's host name.
     pub hostname: String,
+    /// What is mounted and set in the root of an OCI bundle, instead of what every command finds.
+    pub container: Option<Container>,
     /// The command to run.
     pub process: Process,
     /// Listen on [`AGENT_PORT`].
@@ -135,6 +139,8 @@ pub struct Process {
     pub terminal: bool,
     /// Forward standard input. Otherwise it reads end of file at once.
     pub stdin: bool,
+    /// What it may do.
+    pub confinement: Confinement,
 }
 
 /// A further command, as the host asks for it.

@@ -11,6 +11,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::thread;
 
 use anyhow::{Context, Result};
+use oriel_init::container::Confinement;
 use oriel_init::protocol::{AGENT_PORT, Process};
 
 use crate::agent::Agent;
@@ -51,6 +52,7 @@ fn base(path: &str) -> Process {
         user: None,
         terminal: false,
         stdin: false,
+        confinement: Confinement::default(),
     }
 }
 

@@ -8,7 +8,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use oriel_init::container::{Capabilities, Confinement, Limit};
 use rustix::process::{Gid, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 fn check(result: c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -48,28 +50,87 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) })
 }
 
+/// `RLIMIT_`, as libc has it in C libraries that differ about its type.
+fn limit(limit: &Limit) -> io::Result<()> {
+    let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
+    // SAFETY: setrlimit reads one rlimit, which lives across the call.
+    check(unsafe { libc::setrlimit(limit.resource as _, &raw const value) })
+}
+
+/// One call of prctl(2) that takes numbers alone.
+fn prctl(option: c_int, first: u64, second: u64) -> io::Result<()> {
+    // SAFETY: the options that are used here take no pointers; the kernel wants zeros for what is not used.
+    check(unsafe { libc::prctl(option, first, second, 0u64, 0u64) })
+}
+
+/// Linux has some 40 capabilities, and numbers for 64.
+const CAPABILITIES: u64 = 64;
+
+/// Drops what may not be had through any program. It takes CAP_SETPCAP.
+fn drop_bounding(kept: u64) -> io::Result<()> {
+    for number in (0..CAPABILITIES).filter(|number| kept >> number & 1 == 0) {
+        match prctl(libc::PR_CAPBSET_DROP, number, 0) {
+            // The kernel has no more.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break,
+            dropped => dropped?,
+        }
+    }
+    Ok(())
+}
+
+fn set_capabilities(sets: &Capabilities) -> io::Result<()> {
+    let set = CapabilitySet::from_bits_retain;
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: set(sets.effective),
+            permitted: set(sets.permitted),
+            inheritable: set(sets.inheritable),
+        },
+    )?;
+    for number in (0..CAPABILITIES).filter(|number| sets.ambient >> number & 1 == 1) {
+        prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE as u64, number)?;
+    }
+    Ok(())
+}
+
 /// Makes `command` start in a session of its own, with its standard input as the controlling terminal if
-/// asked, and as the given user.
+/// asked, as the given user, and with what it may do.
 pub(crate) fn start_as(
     command: &mut Command,
     terminal: bool,
     uid: Uid,
     gid: Gid,
     groups: Vec<Gid>,
+    confinement: &Confinement,
 ) {
+    let Confinement { umask, limits, capabilities, no_new_privileges, .. } = confinement.clone();
     let prepare = move || {
         rustix::process::setsid()?;
         if terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
-        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(umask.unwrap_or(0o022)));
+        // While it may still raise them.
+        limits.iter().try_for_each(limit)?;
+        if let Some(sets) = &capabilities {
+            drop_bounding(sets.bounding)?;
+            // Another user keeps what is set below.
+            prctl(libc::PR_SET_KEEPCAPS, 1, 0)?;
+        }
         // The calls for one thread are enough: the child has one. Groups first, while it still may.
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        if let Some(sets) = &capabilities {
+            set_capabilities(sets)?;
+        }
+        if no_new_privileges {
+            rustix::thread::set_no_new_privs(true)?;
+        }
         Ok(())
     };
-    // SAFETY: between fork and exec the closure makes system calls only: it neither allocates (`groups` was
-    // allocated before) nor takes a lock that another thread could have held at the fork.
+    // SAFETY: between fork and exec the closure makes system calls only: it neither allocates (`groups` and `limits`
+    // were allocated before) nor takes a lock that another thread could have held at the fork.
     unsafe { command.pre_exec(prepare) };
 }

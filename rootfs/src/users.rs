@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Result, bail};
+use oriel_init::protocol::Process;
 
 /// The ids of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,13 +19,32 @@ pub(crate) struct Ids {
 /// The home of a user that `/etc/passwd` does not know.
 const NO_HOME: &str = "/";
 
-/// Looks `user` up in the files of the root file system; `None` is root.
-pub(crate) fn lookup(user: Option<&str>) -> Result<Ids> {
-    // A root without these files still has numbers.
-    let read = |path| {
-        fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
-    };
-    resolve(user.unwrap_or("0"), &read("/etc/passwd"), &read("/etc/group"))
+/// Who `process` runs as: looks its user up in the files of the root file system, if it has one by name, and else its
+/// home alone. With neither name nor numbers it is root.
+pub(crate) fn of(process: &Process) -> Result<Ids> {
+    match (&process.user, &process.confinement.ids) {
+        (None, Some((uid, gid, groups))) => {
+            Ok(Ids { uid: *uid, gid: *gid, groups: groups.clone(), home: home(*uid, &passwd()) })
+        }
+        (user, _) => resolve(user.as_deref().unwrap_or("0"), &passwd(), &read("/etc/group")),
+    }
+}
+
+fn passwd() -> String {
+    read("/etc/passwd")
+}
+
+/// A root without these files still has numbers.
+fn read(path: &str) -> String {
+    fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+}
+
+/// The home of a user who is a number, whatever names there are.
+fn home(uid: u32, passwd: &str) -> String {
+    let mut accounts = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let own = accounts.find(|fields| fields.get(2).is_some_and(|id| id.parse() == Ok(uid)));
+    let home = own.as_ref().and_then(|fields| fields.get(5)).filter(|home| !home.is_empty());
+    home.map_or_else(|| NO_HOME.to_owned(), |home| (*home).to_owned())
 }
 
 /// The rules are those of docker: a name is looked for before a number; a number need not be in the files
@@ -79,6 +99,8 @@ fn resolve(spec: &str, passwd: &str, group: &str) -> Result<Ids> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use oriel_init::container::Confinement;
+
     use super::*;
 
     const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\nada:x:1000:100:Ada:/home/ada:/bin/sh\n77:x:5:6::/:\n";
@@ -120,6 +142,29 @@ mod tests {
         assert!(resolve("ada:eve", PASSWD, GROUP).unwrap_err().to_string().contains("group eve"));
         assert!(resolve("-1", PASSWD, GROUP).is_err());
         assert_eq!(resolve("0", PASSWD, GROUP).unwrap().home, "/root");
-        assert_eq!(lookup(None).unwrap().uid, 0);
+    }
+
+    #[test]
+    fn a_number_is_that_user_whatever_is_named_so() {
+        assert_eq!(home(5, PASSWD), "/");
+        assert_eq!(home(77, PASSWD), "/", "77 is 5's name");
+        assert_eq!((home(1000, PASSWD), home(4, PASSWD)), ("/home/ada".into(), "/".into()));
+        let ids = Some((77, 6, vec![1, 2]));
+        let mut process = Process {
+            args: vec![],
+            env: vec![],
+            cwd: "/".into(),
+            user: None,
+            terminal: false,
+            stdin: false,
+            confinement: Confinement { ids, ..Confinement::default() },
+        };
+        let found = of(&process).unwrap();
+        assert_eq!((found.uid, found.gid, found.groups), (77, 6, vec![1, 2]));
+        process.user = Some("2000:3000".into());
+        assert_eq!(of(&process).unwrap().uid, 2000, "asked for by name");
+        process.user = None;
+        process.confinement.ids = None;
+        assert_eq!(of(&process).unwrap().uid, 0);
     }
 }

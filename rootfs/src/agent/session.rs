@@ -403,6 +403,7 @@ fn merge(base: &Process, exec: Exec) -> Process {
         user: exec.user.or_else(|| base.user.clone()),
         terminal: exec.terminal,
         stdin: exec.stdin,
+        confinement: base.confinement.clone(),
     }
 }
 
@@ -414,8 +415,7 @@ fn begin(
     size: Option<(u16, u16)>,
     children: &Children,
 ) -> Result<Begun, Refusal> {
-    let ids = users::lookup(process.user.as_deref())
-        .map_err(|error| Refusal::ours(format!("{error:#}")))?;
+    let ids = users::of(process).map_err(|error| Refusal::ours(format!("{error:#}")))?;
     let mut command = command::prepare(process, &ids)?;
     let host = |error: io::Error| Refusal::ours(format!("the command's streams: {error}"));
     let mut terminal = None;

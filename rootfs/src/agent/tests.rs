@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
+use oriel_init::container::{Capabilities, Confinement, Limit};
 use oriel_init::frames::{Decoder, Frame, Kind, MAX_DATA, MAX_TO_HOST};
 use oriel_init::protocol::{Exec, FromHost, STDIN_WINDOW};
 
@@ -21,6 +22,7 @@ fn base() -> Process {
         user: None,
         terminal: false,
         stdin: false,
+        confinement: Confinement::default(),
     }
 }
 
@@ -154,6 +156,50 @@ fn surroundings_are_those_of_the_first_command_and_what_was_asked_for() {
     exec.user = Some("1234:77".into());
     assert_eq!(text(&exec), "base exec a=b /usr 1234:77\n");
     assert_eq!(text(&script("cat; echo end")), "end\n", "no standard input was asked for");
+}
+
+#[test]
+fn what_the_first_command_may_do_is_what_further_ones_may() {
+    if !able() {
+        return;
+    }
+    let kill = 1 << 5;
+    let capabilities = Capabilities {
+        bounding: kill | 1,
+        effective: kill,
+        permitted: kill,
+        inheritable: kill,
+        ambient: kill,
+    };
+    let confinement = Confinement {
+        ids: Some((1234, 77, vec![5, 6])),
+        umask: Some(0o27),
+        limits: vec![Limit { resource: libc::RLIMIT_NOFILE, soft: 100, hard: 200 }],
+        capabilities: Some(capabilities),
+        no_new_privileges: true,
+    };
+    let mut base = base();
+    base.confinement = confinement;
+    let agent = Agent::new(base, children());
+    let mut exec = script(
+        "id -u; id -g; id -G; umask; ulimit -n; ulimit -Hn; grep -E 'Cap|NoNew' /proc/self/status",
+    );
+    let mut host = Host::connect(&agent);
+    host.say(&exec);
+    let (stdout, stderr, last) = host.finish();
+    assert_eq!(
+        (String::from_utf8_lossy(&stderr), last),
+        ("".into(), FromAgent::Exited { status: 0 })
+    );
+    let text = String::from_utf8(stdout).unwrap();
+    let words: Vec<_> = text.lines().map(|line| line.split('\t').next_back().unwrap()).collect();
+    let (one, two) = ("0000000000000020", "0000000000000021");
+    assert_eq!(words, ["1234", "77", "77 5 6", "0027", "100", "200", one, one, one, two, one, "1"]);
+    exec.user = Some("4321".into());
+    exec.args = vec!["id".into(), "-G".into()];
+    let mut host = Host::connect(&agent);
+    host.say(&exec);
+    assert_eq!(host.finish().0, b"0\n", "another user has no groups of that one's");
 }
 
 #[test]

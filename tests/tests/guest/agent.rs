@@ -29,7 +29,7 @@ impl Sandbox {
         let run = run.args(arguments).timeout(SLOW);
         let run = if command.is_empty() { run } else { run.guest(command) };
         let sandbox = Self { oriel: run.start(), name, runtime };
-        let socket = sandbox.directory().join(format!("{}.sock", sandbox.name));
+        let socket = sandbox.socket("sock");
         let deadline = Instant::now() + SLOW;
         while !socket.exists() {
             assert!(Instant::now() < deadline, "its socket is there before the guest is");
@@ -50,6 +50,11 @@ impl Sandbox {
 
     pub(super) fn script(&self, options: &[&str], script: &str) -> Outcome {
         self.exec(options, &["sh", "-c", script])
+    }
+
+    /// One of its sockets, by the end of its name.
+    pub(super) fn socket(&self, kind: &str) -> PathBuf {
+        self.directory().join(format!("{}.{kind}", self.name))
     }
 
     fn directory(&self) -> PathBuf {
@@ -188,8 +193,7 @@ fn further_commands_run_beside_the_first_with_streams_status_and_terminal_of_the
     assert_eq!(gone.hear(), "ready");
     gone.signal(Signal::KILL);
     gone.finish();
-    let mut hostile =
-        UnixStream::connect(sandbox.directory().join(format!("{}.vsock", sandbox.name))).unwrap();
+    let mut hostile = UnixStream::connect(sandbox.socket("vsock")).unwrap();
     hostile.write_all(b"CONNECT 512\n").unwrap();
     hostile.write_all(&[0xff; 5000]).unwrap();
     let _ = hostile.read_to_end(&mut Vec::new());

@@ -8,7 +8,9 @@
 
 mod agent;
 mod boot;
+mod bundles;
 mod caching;
+mod clients;
 mod commands;
 mod dax;
 mod hung;

@@ -189,6 +189,33 @@ fn a_gibibyte_goes_each_way_through_one_stream() {
 }
 
 #[test]
+#[ignore = "figures"]
+fn how_long_a_hundred_streams_take() {
+    let guest = Guest::new();
+    let round = |echo: &mut UnixStream| {
+        let mut answer = [0; 4];
+        echo.write_all(b"ping").unwrap();
+        echo.read_exact(&mut answer).unwrap();
+    };
+    let start = Instant::now();
+    let mut streams: Vec<_> = (0..100).map(|_| guest.connect(ECHO)).collect();
+    println!("100 streams, opened one after another: {:.1?} each", start.elapsed() / 100);
+    let start = Instant::now();
+    streams.iter_mut().for_each(round);
+    println!("one round trip through each of them: {:.1?} each", start.elapsed() / 100);
+    let start = Instant::now();
+    for stream in &mut streams {
+        stream.write_all(b"ping").unwrap();
+    }
+    for stream in &mut streams {
+        stream.read_exact(&mut [0; 4]).unwrap();
+    }
+    println!("and through all of them at once: {:.1?} in all", start.elapsed());
+    drop(streams);
+    guest.end();
+}
+
+#[test]
 fn programs_of_the_guest_reach_programs_of_the_host() {
     let mut guest = Guest::new();
     let answer = guest.oriel.ask("connect 2 5");

@@ -17,8 +17,7 @@ enum Fate {
     Refused(&'static str),
 }
 
-const ANOTHER_PLATFORM: Fate =
-    Fate::Refused("it is for another platform than Linux; leave it");
+const ANOTHER_PLATFORM: Fate = Fate::Refused("it is for another platform than Linux; leave it");
 const THE_GUESTS_OWN: &str = "the guest is a machine of its own";
 const NO_CGROUP: &str = "the guest's commands have no cgroup of their own";
 
@@ -31,7 +30,12 @@ const FIELDS: &[(&str, Fate)] = &[
     ("hostname", Fate::Done),
     ("domainname", Fate::Done),
     ("mounts", Fate::Done),
-    ("hooks", Fate::Refused("its programs are not run, and the bundle may not work without them; leave it")),
+    (
+        "hooks",
+        Fate::Refused(
+            "its programs are not run, and the bundle may not work without them; leave it",
+        ),
+    ),
     ("process.terminal", Fate::Done),
     ("process.consoleSize", Fate::LeftOut("a terminal has the size of the user's")),
     ("process.user.uid", Fate::Done),
@@ -53,7 +57,10 @@ const FIELDS: &[(&str, Fate)] = &[
     ("linux.sysctl", Fate::Done),
     ("linux.maskedPaths", Fate::Done),
     ("linux.readonlyPaths", Fate::Done),
-    ("linux.seccomp", Fate::LeftOut("system calls are the guest kernel's, and none of them is the host's")),
+    (
+        "linux.seccomp",
+        Fate::LeftOut("system calls are the guest kernel's, and none of them is the host's"),
+    ),
     ("linux.devices", Fate::LeftOut("no device of the host is the guest's")),
     ("linux.resources.devices", Fate::LeftOut("no device of the host is the guest's")),
     ("linux.resources.memory", Fate::LeftOut("--memory is what the guest has in all")),
@@ -104,11 +111,12 @@ fn visit(path: &str, value: &mut Value, lines: &mut Vec<String>) -> Result<()> {
         let parent = FIELDS.iter().any(|(field, _)| field.starts_with(&inner));
         match known {
             Some(Fate::Done | Fate::Meaningless) => continue,
-            _ if says_nothing(value) => {}
             _ if parent && value.is_object() => {
                 visit(&path, value, lines)?;
                 continue;
             }
+            _ if says_nothing(value) => {}
+            _ if parent => bail!("{path}: is no object; `runc spec` shows what it is"),
             Some(Fate::Refused(why)) => bail!("{path}: {why}"),
             Some(Fate::LeftOut(why)) => lines.push(format!("{path} is left out: {why}")),
             None => match ancestor(&path) {

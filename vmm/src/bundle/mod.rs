@@ -15,12 +15,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use devices::share::IdRange;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Root};
 use oriel_init::container::{Confinement, Container, Mount, What};
+use oriel_init::initramfs::FileCopy;
 use oriel_init::protocol::Share;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use self::mounts::{Bound, Mounts};
-use crate::cli::{RootArg, RunArgs, ShareArg, ShareOptions};
+use crate::cli::{RootArg, RunArgs, ShareOptions};
 
 /// No bundle says as much: those of podman have some 30 KiB.
 const MAX_CONFIG: u64 = 4 << 20;
@@ -36,8 +37,8 @@ pub struct Bundle {
     bound: Vec<Bound>,
     /// The last so many shares are the bundle's.
     binds: usize,
-    /// Contents of files that the guest has copies of, by name.
-    pub files: Vec<(String, Vec<u8>)>,
+    /// Files that the guest has copies of.
+    pub files: Vec<FileCopy>,
     /// What its command may do.
     pub confinement: Confinement,
 }
@@ -79,9 +80,9 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
         log::warn!("--bundle {}: config.json: {line}", directory.display());
     }
     let mut config = Config(config);
-    let root: Root = config
-        .section("root")?
-        .context("config.json: root: is missing; name the directory of the root file system in root.path")?;
+    let root: Root = config.section("root")?.context(
+        "config.json: root: is missing; name the directory of the root file system in root.path",
+    )?;
     let process = config.section("process")?.context(
         "config.json: process: is missing; say what is to be run in process.args and process.cwd",
     )?;
@@ -90,9 +91,11 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
     check_namespaces(&config.list("linux", "namespaces")?, &mut warnings)?;
 
     let mut args = args.clone();
-    let mut options = ShareOptions::default();
-    options.uid_map = ranges("linux.uidMappings", &config.list("linux", "uidMappings")?)?;
-    options.gid_map = ranges("linux.gidMappings", &config.list("linux", "gidMappings")?)?;
+    let options = ShareOptions {
+        uid_map: ranges("linux.uidMappings", &config.list("linux", "uidMappings")?)?,
+        gid_map: ranges("linux.gidMappings", &config.list("linux", "gidMappings")?)?,
+        ..ShareOptions::default()
+    };
     let rootfs = directory.join(root.path());
     let shown = root.path().display();
     match rootfs.metadata() {
@@ -108,7 +111,7 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
     }
     let read_only_root = root.readonly().unwrap_or(false);
     // Mount points are made in it all the same, in the guest's memory.
-    options.overlay = read_only_root;
+    let options = ShareOptions { overlay: read_only_root, ..options };
     args.root = Some(RootArg { host: rootfs, options });
     let name = |field| -> Result<Option<String>> {
         let name: Option<String> = config.get(field)?;
@@ -142,7 +145,8 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
 }
 
 fn parse(path: &Path) -> Result<Value> {
-    let file = File::open(path).context("cannot be read; a bundle has one, `runc spec` writes it")?;
+    let file =
+        File::open(path).context("cannot be read; a bundle has one, `runc spec` writes it")?;
     let mut bytes = Vec::new();
     file.take(MAX_CONFIG + 1).read_to_end(&mut bytes).context("cannot be read")?;
     if bytes.len() as u64 > MAX_CONFIG {
@@ -188,21 +192,28 @@ fn decode<T: DeserializeOwned>(field: &str, value: Option<&Value>) -> Result<Opt
 /// The guest is all of a container's namespaces, and there is no way into those of the host.
 fn check_namespaces(namespaces: &[LinuxNamespace], warnings: &mut Vec<String>) -> Result<()> {
     for (index, namespace) in namespaces.iter().enumerate() {
-        if let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) {
-            bail!(
-                "config.json: linux.namespaces[{index}].path: {path:?}: a guest cannot enter a namespace of the \
-                 host; leave path"
-            );
+        let path = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
+        let field = format!("linux.namespaces[{index}].path");
+        match path {
+            None => {}
+            // podman names one for each container that has a network.
+            Some(_) if namespace.typ() == LinuxNamespaceType::Network => {
+                warnings.push(format!("{field} is left out: the guest has no network"));
+            }
+            Some(path) => bail!(
+                "config.json: {field}: {path:?}: a guest cannot enter a namespace of the host; leave path"
+            ),
         }
     }
     let all = [
-        LinuxNamespaceType::Pid,
-        LinuxNamespaceType::Network,
-        LinuxNamespaceType::Ipc,
-        LinuxNamespaceType::Uts,
+        (LinuxNamespaceType::Pid, "pid"),
+        (LinuxNamespaceType::Network, "network"),
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
     ];
-    let there = |kind: &LinuxNamespaceType| namespaces.iter().any(|one| one.typ() == *kind);
-    let shared: Vec<_> = all.iter().filter(|kind| !there(kind)).map(|kind| kind.to_string()).collect();
+    let missing = |kind| !namespaces.iter().any(|one| one.typ() == kind);
+    let shared: Vec<_> =
+        all.into_iter().filter(|(kind, _)| missing(*kind)).map(|(_, name)| name).collect();
     if !shared.is_empty() {
         warnings.push(format!(
             "linux.namespaces: without {} those of the host would be used; the guest has its own",
@@ -216,7 +227,10 @@ fn ranges(field: &str, mappings: &[LinuxIdMapping]) -> Result<Vec<IdRange>> {
     let range = |mapping: &LinuxIdMapping| {
         let (guest, host) = (mapping.container_id(), mapping.host_id());
         let count = mapping.size();
-        if count == 0 || guest.checked_add(count - 1).is_none() || host.checked_add(count - 1).is_none() {
+        if count == 0
+            || guest.checked_add(count - 1).is_none()
+            || host.checked_add(count - 1).is_none()
+        {
             bail!("config.json: {field}: {guest}, {host}, {count} is no range of ids");
         }
         Ok(IdRange { guest, host, count })

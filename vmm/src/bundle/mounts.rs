@@ -1,12 +1,14 @@
 //! The mounts of a bundle: file systems of the guest's kernel, directories of the host, and files of the host.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use devices::share::IdRange;
 use oci_spec::runtime::Mount;
 use oriel_init::container;
+use oriel_init::initramfs::FileCopy;
 use rustix::mount::MountFlags;
 use serde_json::Value;
 
@@ -15,13 +17,31 @@ use crate::cli::{ShareArg, ShareOptions};
 /// The largest file that the guest has a copy of: it is in the guest's memory, twice while it boots.
 const MAX_FILE: u64 = 1 << 20;
 
+/// Each directory is a device, of which PCI takes 32; some are the machine's own.
+const MAX_SHARES: usize = 24;
+
+/// Who owns what belongs to nobody that the guest knows: Linux's overflow id.
+const NOBODY: u32 = 65534;
+
 /// Of how many files there are copies.
 const MAX_FILES: usize = 64;
 
 /// File systems of the guest's kernel that show nothing but the guest's own.
 const KERNEL: [&str; 14] = [
-    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "cgroup", "ramfs", "devtmpfs", "securityfs", "debugfs",
-    "tracefs", "bpf", "hugetlbfs",
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "devpts",
+    "mqueue",
+    "cgroup2",
+    "cgroup",
+    "ramfs",
+    "devtmpfs",
+    "securityfs",
+    "debugfs",
+    "tracefs",
+    "bpf",
+    "hugetlbfs",
 ];
 
 /// Options of mount(8) that are bits of mount(2), and whether they set them.
@@ -50,10 +70,8 @@ const FLAGS: [(&str, bool, MountFlags); 25] = [
     ("silent", true, MountFlags::SILENT),
     ("loud", false, MountFlags::SILENT),
     ("defaults", false, MountFlags::empty()),
-    ("nosymfollow", true, NOSYMFOLLOW),
+    ("nosymfollow", true, MountFlags::NOSYMFOLLOW),
 ];
-/// `MS_NOSYMFOLLOW` of linux/mount.h, which rustix does not name.
-const NOSYMFOLLOW: MountFlags = MountFlags::from_bits_retain(256);
 
 /// What a bundle mounts.
 pub struct Mounts {
@@ -61,8 +79,8 @@ pub struct Mounts {
     pub bound: Vec<Bound>,
     /// Directories of the host.
     pub shares: Vec<ShareArg>,
-    /// Contents of files of the host, by the names that the guest has them by.
-    pub files: Vec<(String, Vec<u8>)>,
+    /// Copies of files of the host.
+    pub files: Vec<FileCopy>,
 }
 
 /// A mount.
@@ -86,7 +104,6 @@ pub enum What {
 }
 
 /// What the options of a mount say.
-#[derive(Default)]
 struct Options {
     flags: MountFlags,
     bind: bool,
@@ -141,11 +158,14 @@ impl Mounts {
             [("uidMappings", mount.uid_mappings()), ("gidMappings", mount.gid_mappings())]
         {
             if mappings.as_ref().is_some_and(|mappings| !mappings.is_empty()) {
-                bail!("{field}: mounts have no ids of their own here; leave it, or give a --share with uid-map=");
+                bail!(
+                    "{field}: mounts have no ids of their own here; leave it, or give a --share with uid-map="
+                );
             }
         }
         let kind = mount.typ().as_deref().unwrap_or_default();
-        let options = Options::parse(mount.options().as_deref().unwrap_or_default(), name, warnings)?;
+        let options =
+            Options::parse(mount.options().as_deref().unwrap_or_default(), name, warnings)?;
         let flags = options.flags.bits();
         if !options.bind && kind != "bind" {
             let what = kernel(kind, mount, &options)?;
@@ -153,12 +173,18 @@ impl Mounts {
             return Ok(());
         }
         if !options.own.is_empty() {
-            bail!("options: {:?}: a bind mount has none like that; leave it", options.own.join(","));
+            bail!(
+                "options: {:?}: a bind mount has none like that; leave it",
+                options.own.join(",")
+            );
         }
-        let source = mount.source().as_ref().context("source: is missing; name the host's directory")?;
+        let source =
+            mount.source().as_ref().context("source: is missing; name the host's directory")?;
         let host = directory.join(source);
         if let Some(kind) = own_kernels(&host) {
-            warnings.push(format!("{name}: source: {source:?}: of it the guest has its own, and not the host's"));
+            warnings.push(format!(
+                "{name}: source: {source:?}: of it the guest has its own, and not the host's"
+            ));
             let what = container::What::Kernel {
                 kind: kind.into(),
                 source: kind.into(),
@@ -174,6 +200,11 @@ impl Mounts {
                 warnings.push(format!(
                     "{name}: what is mounted below {source:?} comes along, as with rbind"
                 ));
+            }
+            if self.shares.len() == MAX_SHARES {
+                bail!(
+                    "source: {source:?}: there are {MAX_SHARES} directories already, the most; bind one that holds several"
+                );
             }
             let mut shared = shared.clone();
             shared.read_only = options.flags.contains(MountFlags::RDONLY);
@@ -194,12 +225,20 @@ impl Mounts {
             }
             let bytes = fs::read(&host).map_err(|error| anyhow!("source: {source:?}: {error}"))?;
             let file = self.files.len().to_string();
-            self.files.push((file.clone(), bytes));
+            self.files.push(FileCopy {
+                name: file.clone(),
+                bytes,
+                mode: metadata.mode() & 0o7777,
+                uid: in_guest(metadata.uid(), &shared.uid_map),
+                gid: in_guest(metadata.gid(), &shared.gid_map),
+            });
             What::Other(container::What::File(file))
         } else {
             let kind = metadata.file_type();
             let what = if kind.is_socket() { "a socket" } else { "a device or a FIFO" };
-            bail!("source: {source:?}: is {what}, and of the host's; a guest cannot have it; leave the mount");
+            bail!(
+                "source: {source:?}: is {what}, and of the host's; a guest cannot have it; leave the mount"
+            );
         };
         self.bound.push(Bound { what, path, flags });
         Ok(())
@@ -225,7 +264,8 @@ fn kernel(kind: &str, mount: &Mount, options: &Options) -> Result<container::Wha
 
 impl Options {
     fn parse(words: &[String], name: &str, warnings: &mut Vec<String>) -> Result<Self> {
-        let mut options = Self::default();
+        let mut options =
+            Self { flags: MountFlags::empty(), bind: false, recursive: false, own: Vec::new() };
         for word in words {
             if let Some((.., set, flag)) = FLAGS.iter().find(|(option, ..)| option == word) {
                 options.flags.set(*flag, *set);
@@ -253,12 +293,27 @@ impl Options {
     }
 }
 
+/// Whose a file of the host's is in the guest, where ids are mapped.
+fn in_guest(id: u32, ranges: &[IdRange]) -> u32 {
+    let place = |range: &IdRange| {
+        let place = id.checked_sub(range.host).filter(|place| *place < range.count)?;
+        range.guest.checked_add(place)
+    };
+    if ranges.is_empty() { id } else { ranges.iter().find_map(place).unwrap_or(NOBODY) }
+}
+
 /// What is the kernel's on the host is the guest kernel's in the guest.
 fn own_kernels(host: &Path) -> Option<&'static str> {
     let host: PathBuf = host.components().collect();
-    [("/proc", "proc"), ("/sys", "sysfs"), ("/sys/fs/cgroup", "cgroup2"), ("/dev/pts", "devpts"), ("/dev/mqueue", "mqueue")]
-        .into_iter()
-        .find_map(|(path, kind)| (host == Path::new(path)).then_some(kind))
+    [
+        ("/proc", "proc"),
+        ("/sys", "sysfs"),
+        ("/sys/fs/cgroup", "cgroup2"),
+        ("/dev/pts", "devpts"),
+        ("/dev/mqueue", "mqueue"),
+    ]
+    .into_iter()
+    .find_map(|(path, kind)| (host == Path::new(path)).then_some(kind))
 }
 
 /// Whether the host has mounted anything below a directory. In doubt it has not.

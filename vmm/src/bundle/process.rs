@@ -76,7 +76,8 @@ pub fn plan(process: &Process) -> Result<PlannedProcess> {
         bail!("cwd: {:?}: write an absolute path inside the root", process.cwd());
     };
     let env = process.env().clone().unwrap_or_default();
-    if let Some(wrong) = env.iter().find(|entry| !entry.get(1..).is_some_and(|rest| rest.contains('=')))
+    if let Some(wrong) =
+        env.iter().find(|entry| !entry.get(1..).is_some_and(|rest| rest.contains('=')))
     {
         bail!("env: {wrong:?}: write NAME=VALUE");
     }
@@ -111,7 +112,9 @@ pub fn plan(process: &Process) -> Result<PlannedProcess> {
             umask: user.umask(),
             limits,
             // As runc has it, none are given where none are named.
-            capabilities: Some(process.capabilities().as_ref().map(capabilities).unwrap_or_default()),
+            capabilities: Some(
+                process.capabilities().as_ref().map(capabilities).unwrap_or_default(),
+            ),
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
         },
     })
@@ -119,7 +122,8 @@ pub fn plan(process: &Process) -> Result<PlannedProcess> {
 
 fn capabilities(sets: &LinuxCapabilities) -> container::Capabilities {
     let bits = |set: &Option<Capabilities>| {
-        let number = |capability: &Capability| CAPABILITIES.iter().position(|one| one == capability);
+        let number =
+            |capability: &Capability| CAPABILITIES.iter().position(|one| one == capability);
         set.iter().flatten().filter_map(number).fold(0, |bits, number| bits | 1 << number)
     };
     container::Capabilities {

@@ -19,7 +19,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 pub use self::run::{RunArgs, UserNamespace};
-pub use self::share::{LiveArg, MemberOptions, ShareOptions};
+pub use self::share::{LiveArg, MemberOptions, RootArg, ShareArg, ShareOptions};
 pub use self::values::{ConsoleTarget, InitrdSource};
 use crate::terminal::printable;
 

@@ -8,8 +8,9 @@ use clap::{Args, ValueEnum};
 use super::share::{LiveArg, RootArg, ShareArg};
 use super::values::{ConsoleTarget, InitrdSource, VsockArg};
 use super::{UsageError, detach};
+use crate::bundle::Bundle;
 use crate::machine::memory::MemoryConfig;
-use crate::{control, sandbox};
+use crate::{bundle, control, sandbox};
 
 /// Whether `oriel` runs in a user namespace of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -24,7 +25,7 @@ pub enum UserNamespace {
 ///
 /// The guest boots in a moment, runs the command and powers off. Without --root it has a small userland of
 /// its own (busybox) and sees nothing of the host but what --share names.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct RunArgs {
     /// Share a host directory: HOST_DIR:GUEST_PATH[:OPTION,...]
@@ -97,6 +98,19 @@ pub struct RunArgs {
     /// user may read on the host, secrets included, can then be read by the guest.
     #[arg(long, value_name = "ROOT")]
     pub root: Option<RootArg>,
+
+    /// Run an OCI runtime bundle: a directory with a config.json and a root file system
+    ///
+    /// What config.json says takes the place of --root, COMMAND, --env, --workdir, --user, --hostname and --tty. Its
+    /// bind mounts are shares. What it says in vain is told, a line for each field.
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "root", "command", "env", "workdir", "user", "hostname", "tty", "initrd"
+    ])]
+    pub bundle: Option<PathBuf>,
+
+    /// What was in the bundle.
+    #[arg(skip)]
+    pub container: Option<Bundle>,
 
     /// Name of the sandbox, by which `oriel share` and `oriel stats` find it while it runs
     ///
@@ -221,6 +235,7 @@ Examples:
   oriel run -v ./src:/src -w /src -- make
   oriel run -v ~/data:/data:ro -- sha256sum /data/big
   oriel run --root /srv/debian:overlay --cpus 4 --memory 4G -it -- bash
+  oriel run --bundle ./bundle
 
 Exit status: the command's own; 128+N when signal N killed it; 127 when it was not found, 126 when it
 could not be executed; 125 when the sandbox could not be started or broke down; 2 for a wrong command line.";
@@ -228,10 +243,15 @@ could not be executed; 125 when the sandbox could not be started or broke down; 
 /// Runs the sandbox to its end and returns the exit status.
 pub fn run(args: &RunArgs) -> Result<u8> {
     check(args)?;
-    match args.detach {
-        true if !detach::is_sandbox() => detach::start(),
-        true => detach::leave_session().and_then(|()| sandbox::run(args)),
-        false => sandbox::run(args),
+    if args.detach && !detach::is_sandbox() {
+        return detach::start();
+    }
+    if args.detach {
+        detach::leave_session()?;
+    }
+    match &args.bundle {
+        Some(directory) => sandbox::run(&bundle::load(args, directory)?),
+        None => sandbox::run(args),
     }
 }
 

@@ -63,9 +63,9 @@ pub struct ShareOptions {
     pub overlay: bool,
 }
 
-impl ShareOptions {
-    fn parse(text: &str, root: bool) -> Result<Self, String> {
-        let mut options = Self {
+impl Default for ShareOptions {
+    fn default() -> Self {
+        Self {
             read_only: false,
             tag: None,
             cache: CachePolicy::default(),
@@ -87,7 +87,13 @@ impl ShareOptions {
             queues: None,
             dispatch: Dispatch::default(),
             overlay: false,
-        };
+        }
+    }
+}
+
+impl ShareOptions {
+    fn parse(text: &str, root: bool) -> Result<Self, String> {
+        let mut options = Self::default();
         let (mut window, mut window_max) = (None, None);
         for option in text.split(',').filter(|option| !option.is_empty()) {
             let (key, value) = option.split_once('=').unwrap_or((option, ""));

@@ -229,6 +229,7 @@ fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Resul
         init: &assets.init,
         modules_dir: kernel.modules.as_deref(),
         busybox: assets.busybox.as_deref().filter(|_| args.root.is_none()),
+        files: args.container.as_ref().map_or(&[], |bundle| bundle.files.as_slice()),
         config: &config,
     };
     initramfs::build(&contents).context("initramfs")
@@ -254,21 +255,34 @@ fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Conf
         dax: live.options.dax,
     });
     let shares = planned.zip(&args.shares).map(|(planned, arg)| share(planned, &arg.guest));
-    let shares = shares.chain(live).collect();
+    let mut shares: Vec<_> = shares.collect();
+    let container = args.container.as_ref().map(|bundle| {
+        let binds = shares.split_off(shares.len().saturating_sub(bundle.binds()));
+        bundle.container(&binds)
+    });
+    shares.extend(live);
     let args_or_shell = match args.command.as_slice() {
         [] => vec!["sh".to_string()],
         command => command.to_vec(),
     };
     let process = Process {
         args: args_or_shell,
-        env: environment(args),
+        env: match &args.container {
+            Some(_) => args.env.clone(),
+            None => environment(args),
+        },
         cwd: args.workdir.clone(),
         user: args.user.clone(),
         terminal: args.tty,
         stdin: args.interactive,
+        confinement: args
+            .container
+            .as_ref()
+            .map(|bundle| bundle.confinement.clone())
+            .unwrap_or_default(),
     };
     let hostname = args.hostname.clone();
-    Config { modules, root, shares, hostname, process, agent: has_vsock(args) }
+    Config { modules, root, shares, hostname, container, process, agent: has_vsock(args) }
 }
 
 /// The defaults, and over them what `--env` says: the last of a name counts.
