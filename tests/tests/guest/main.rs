@@ -13,6 +13,7 @@ mod caching;
 mod clients;
 mod commands;
 mod dax;
+mod dispatch;
 mod hung;
 mod identity;
 mod kata;

@@ -88,6 +88,7 @@ fn meminfo(name: &str) -> Result<u64> {
 /// - `read COUNT SEED`: random pages of all files, as long as the first, by pread(2);
 /// - `again PAGES COUNT SEED`: the same of the first PAGES pages of the file;
 /// - `stream`: the file from one end to the other, 128 KiB at a time, by pread(2);
+/// - `missing COUNT`: so many looks for a name that is not there, beside the first file;
 /// - `memory`: not a time, but MemTotal, MemFree and Cached in KiB.
 pub fn serve(paths: &[&str]) -> Result<()> {
     let open = |path: &&str| File::open(Path::new(path)).with_context(|| path.to_string());
@@ -163,6 +164,13 @@ pub fn serve(paths: &[&str]) -> Result<()> {
                     sum = sum.wrapping_add(buffer[0].into());
                 }
             })?,
+            ["missing", _] => {
+                let name = Path::new(paths[0]).with_file_name("not-there");
+                let count = number(1)?;
+                timed(|| {
+                    Ok((0..count).filter(|_| fs::symlink_metadata(&name).is_ok()).count() as u64)
+                })?
+            }
             ["use", _] => {
                 which = number(1)? as usize;
                 file = files.get(which).context("no such file")?;
