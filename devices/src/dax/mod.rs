@@ -19,6 +19,8 @@ pub use window::{GrowError, Window};
 /// What a window holds and did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
+    /// Stretches of files that are mapped now.
+    pub mappings: u64,
     /// Bytes of files that are mapped now.
     pub mapped_bytes: u64,
     /// Places where zeros were put for pages that a file has lost or the host cannot read, and places where
@@ -115,7 +117,12 @@ pub trait DaxWindow: Send + Sync {
     /// file that the host does not open for that any more is replaced by zeros (and stays without, the other way
     /// round). Mappings that are made later are not affected. Asks the host, and may block as long as a file's
     /// server does. Idempotent.
-    fn set_writable(&self, owner: u32, writable: bool);
+    ///
+    /// # Errors
+    ///
+    /// The host's, when the way could not be taken from some mapping (`ENOMEM`): it is still there, and so is what
+    /// can be reached by it. To be tried again.
+    fn set_writable(&self, owner: u32, writable: bool) -> io::Result<()>;
 
     /// Whether the guest has a mapping of a file, by device and inode number, from which that was taken: what it
     /// stores there is in no file.

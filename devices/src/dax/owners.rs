@@ -12,7 +12,7 @@ use super::window::Window;
 
 impl Window {
     /// See [`DaxWindow::set_writable`](super::DaxWindow::set_writable).
-    pub(super) fn switch(&self, owner: u32, writable: bool) {
+    pub(super) fn switch(&self, owner: u32, writable: bool) -> io::Result<()> {
         let (from, to) = match writable {
             true => (Access::Severed, Access::Write),
             false => (Access::Write, Access::Severed),
@@ -35,6 +35,7 @@ impl Window {
             })
             .collect();
         let mut before = Vec::new();
+        let mut result = Ok(());
         let mut state = self.state();
         let all = state.mappings.iter().filter(|(_, mapping)| concerned(mapping));
         let all: Vec<_> = all.map(|(at, mapping)| (*at, mapping.clone())).collect();
@@ -53,13 +54,18 @@ impl Window {
                 // As it was: the guest has its copy, or what the host has left of it.
                 Some(_) if writable => self.restore(&mut state, at, len),
                 None if writable => {}
-                _ => before.extend(self.zeros_instead(&mut state, at, len)),
+                // One that stays does not keep the others from going.
+                _ => match self.zeros_instead(&mut state, at, len) {
+                    Ok(gone) => before.extend(gone),
+                    Err(error) => result = Err(error),
+                },
             }
         }
         self.settle(&mut state);
         // Closes files, which may block: without the lock.
         drop(state);
         drop(before);
+        result
     }
 
     /// The same file, open for reading only or for both.
@@ -84,7 +90,12 @@ impl Window {
         let all: Vec<_> = all.map(|(at, mapping)| (*at, mapping.len)).collect();
         let mut before = Vec::new();
         for (at, len) in all {
-            before.extend(self.zeros_instead(&mut state, at, len));
+            match self.zeros_instead(&mut state, at, len) {
+                Ok(gone) => before.extend(gone),
+                Err(error) => {
+                    log::error!("what is mapped in a DAX window cannot be taken away: {error}");
+                }
+            }
         }
         self.settle(&mut state);
         // As above.
@@ -93,10 +104,17 @@ impl Window {
     }
 
     /// Puts zeros over whole mappings and takes them out of the table; where there is no memory for that, nothing.
-    fn zeros_instead(&self, state: &mut State, at: u64, len: u64) -> Vec<(u64, Mapping)> {
-        if let Err(error) = self.place_zeros(at, len).or_else(|_| self.reserve(at, len)) {
-            log::error!("what is mapped in a DAX window cannot be taken away: {error}");
-        }
-        state.cut_out(at, len)
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mmap`: all is as it was.
+    fn zeros_instead(
+        &self,
+        state: &mut State,
+        at: u64,
+        len: u64,
+    ) -> io::Result<Vec<(u64, Mapping)>> {
+        self.place_zeros(at, len).or_else(|_| self.reserve(at, len))?;
+        Ok(state.cut_out(at, len))
     }
 }

@@ -594,8 +594,8 @@ impl DaxWindow for Window {
         Some(checked.and_then(|()| self.enter(state, offset, mapping)))
     }
 
-    fn set_writable(&self, owner: u32, writable: bool) {
-        self.switch(owner, writable);
+    fn set_writable(&self, owner: u32, writable: bool) -> io::Result<()> {
+        self.switch(owner, writable)
     }
 
     fn is_severed(&self, owner: u32, file: (u64, u64)) -> bool {
@@ -614,8 +614,14 @@ impl DaxWindow for Window {
     }
 
     fn statistics(&self) -> Statistics {
+        let (mappings, mapped_bytes) = {
+            let state = self.state();
+            let bytes = state.mappings.values().map(|mapping| mapping.len).sum();
+            (state.mappings.len() as u64, bytes)
+        };
         Statistics {
-            mapped_bytes: self.state().mappings.values().map(|mapping| mapping.len).sum(),
+            mappings,
+            mapped_bytes,
             repairs: self.repairs(),
             prefaulted: self.prefaulted.load(Ordering::Relaxed),
             prefaulted_bytes: self.prefaulted_bytes.load(Ordering::Relaxed),

@@ -83,8 +83,6 @@ pub struct Counters {
     pub dax_upgrades: AtomicU64,
     /// Ranges taken away by REMOVEMAPPING.
     pub dax_removes: AtomicU64,
-    /// Ranges mapped now (a gauge).
-    pub dax_live: AtomicU64,
     /// SETUPMAPPINGs that were refused because they are malformed or not of a regular file.
     pub dax_refused_invalid: AtomicU64,
     /// … because the share or the file may not be written or read.
@@ -108,7 +106,6 @@ impl Default for Counters {
             dax_setups: AtomicU64::new(0),
             dax_upgrades: AtomicU64::new(0),
             dax_removes: AtomicU64::new(0),
-            dax_live: AtomicU64::new(0),
             dax_refused_invalid: AtomicU64::new(0),
             dax_refused_access: AtomicU64::new(0),
             dax_refused_full: AtomicU64::new(0),
@@ -192,7 +189,6 @@ impl Counters {
             ("dax_setups", &self.dax_setups),
             ("dax_upgrades", &self.dax_upgrades),
             ("dax_removes", &self.dax_removes),
-            ("dax_live", &self.dax_live),
             ("dax_refused_invalid", &self.dax_refused_invalid),
             ("dax_refused_access", &self.dax_refused_access),
             ("dax_refused_full", &self.dax_refused_full),

@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
@@ -91,12 +90,11 @@ impl Mappings {
 
     /// Takes everything away. The file system's nodes are gone already: whoever finds the epoch of after
     /// this call can open none of them.
-    pub(super) fn clear(&self, counters: &Counters) {
+    pub(super) fn clear(&self) {
         let mut state = self.state();
         state.epoch += 1;
         state.live.clear();
         state.latest.clear();
-        counters.dax_live.store(0, Relaxed);
         self.window.clear();
     }
 
@@ -121,9 +119,10 @@ impl Mappings {
     }
 
     /// What there is to say of the window in numbers, by name.
-    pub(super) fn statistics(&self) -> [(&'static str, u64); 4] {
+    pub(super) fn statistics(&self) -> [(&'static str, u64); 5] {
         let of = self.window.statistics();
         [
+            ("dax_live", of.mappings),
             ("dax_mapped_bytes", of.mapped_bytes),
             ("dax_repairs", of.repairs),
             ("dax_prefaulted", of.prefaulted),
@@ -164,16 +163,8 @@ impl Mappings {
         // Before the file is opened, see `clear`.
         let epoch = self.state().epoch;
         let nodeid = caller.nodeid;
-        let mut place = Place {
-            mappings: self,
-            counters,
-            nodeid,
-            request,
-            end,
-            writable,
-            epoch,
-            upgrade: false,
-        };
+        let mut place =
+            Place { mappings: self, nodeid, request, end, writable, epoch, upgrade: false };
         fs.map(caller, writable, &mut place)?;
         let upgrade = place.upgrade;
         // Not under the lock: it may take a while, and other ranges need not wait for that.
@@ -203,7 +194,6 @@ impl Mappings {
             let end = one.moffset.saturating_add(one.len);
             state.drop_range(one.moffset, end);
         }
-        counters.dax_live.store(state.live.len() as u64, Relaxed);
         drop(state);
         Counters::add(&counters.dax_removes, ranges.len());
         Ok(())
@@ -213,7 +203,6 @@ impl Mappings {
 /// Where one SETUPMAPPING maps.
 struct Place<'p> {
     mappings: &'p Mappings,
-    counters: &'p Counters,
     nodeid: u64,
     /// Checked.
     request: &'p SetupmappingIn,
@@ -238,7 +227,6 @@ impl Place<'_> {
         }
         map(&*self.mappings.window)?;
         self.upgrade = state.note(self.nodeid, self.request, self.end, self.writable);
-        self.counters.dax_live.store(state.live.len() as u64, Relaxed);
         Ok(())
     }
 }

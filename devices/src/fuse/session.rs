@@ -198,7 +198,7 @@ impl Session {
         // `Mappings::clear`. The other way round it could map the old file into the cleared window.
         self.fs.clear();
         if let Some(mappings) = &self.mappings {
-            mappings.clear(&self.counters);
+            mappings.clear();
         }
     }
 

@@ -213,7 +213,7 @@ fn destroy_is_answered_and_clears_and_so_does_reset() {
         assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
         assert_eq!((guest.share.live_inodes(), guest.share.live_handles()), (1, 0));
         assert_eq!(guest.getattr(ROOT_ID).error, libc::EIO);
-        let live = guest.session.counters().snapshot();
+        let live = guest.session.snapshot();
         assert!(live.contains(&("dax_live", 0)));
         assert!(live.contains(&("dax_setups", 1)));
     }

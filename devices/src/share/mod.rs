@@ -46,7 +46,7 @@ mod table;
 mod xattr;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
@@ -68,7 +68,7 @@ use handle::Handles;
 use host::Host;
 use inode::{Identity, Inodes};
 use locks::Locks;
-use mount::Mounts;
+use mount::{Distance, Mounts};
 use reach::Directories;
 
 use table::Numbers;
@@ -208,6 +208,25 @@ impl Share {
     /// How many descriptors are held for the guest.
     pub fn live_descriptors(&self) -> usize {
         self.descriptors.used()
+    }
+}
+
+/// Whether the files of a directory are in memory or on disks of this machine, so that to ask for their names and
+/// attributes takes no other machine or process.
+///
+/// # Errors
+///
+/// The host's.
+pub fn is_near(directory: impl AsFd) -> io::Result<bool> {
+    Ok(Distance::of(rustix::fs::fstatfs(directory)?.f_type as u32) != Distance::Unknown)
+}
+
+impl Drop for Share {
+    /// A request that was being served when the session ended may have been promised room in the window since.
+    fn drop(&mut self) {
+        if let Some(mapped) = &self.mapped {
+            mapped.all_forgotten(self.numbers.first..=self.numbers.last);
+        }
     }
 }
 

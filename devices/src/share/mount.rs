@@ -67,7 +67,7 @@ pub(super) enum Distance {
 }
 
 impl Distance {
-    fn of(kind: u32) -> Self {
+    pub(super) fn of(kind: u32) -> Self {
         let is_of = |kinds: &[(u32, &str)]| kinds.iter().any(|(magic, _)| *magic == kind);
         if is_of(IN_MEMORY) {
             Self::Memory

@@ -57,6 +57,17 @@ pub enum TreeError {
         /// How many.
         count: usize,
     },
+    /// What is mapped to be written could not be taken from the guest.
+    #[error(
+        "{path} is read-only for all requests, but the guest can still write to files that it has mapped: {why}; ask \
+         again"
+    )]
+    Mapped {
+        /// Where.
+        path: String,
+        /// What the host says.
+        why: String,
+    },
     /// Some requests are slow.
     #[error(
         "{0} is removed, but requests that began before have not ended; the host's directory is in use until then"

@@ -255,7 +255,8 @@ impl Tree {
     /// # Errors
     ///
     /// [`TreeError::Missing`]; [`TreeError::AllReadOnly`]; [`TreeError::Changing`] when changes that were being
-    /// served have not ended in time. The member is read-only for all others then.
+    /// served have not ended in time. The member is read-only for all others then. [`TreeError::Mapped`] when the
+    /// host has no memory to take what is mapped from the guest: it is read-only but for that.
     pub fn set_read_only(&self, path: &str, read_only: bool) -> Result<(), TreeError> {
         let names = parse(path)?;
         let member = {
@@ -279,7 +280,11 @@ impl Tree {
             }
         };
         if let Some(window) = &self.window {
-            window.set_writable(member.index, !read_only);
+            let switched = window.set_writable(member.index, !read_only);
+            switched.map_err(|error| TreeError::Mapped {
+                path: member.path.clone(),
+                why: error.to_string(),
+            })?;
         }
         match changing {
             0 => Ok(()),

@@ -7,10 +7,10 @@ use vm_memory::ByteValued;
 
 use super::*;
 use crate::dax::Window;
-use crate::fuse::FileSystem;
 use crate::fuse::abi::*;
 use crate::fuse::opcode::Opcode;
 use crate::fuse::testing::{EVERYTHING, Guest};
+use crate::fuse::{Caller, FileSystem};
 use crate::share::{LockPolicy, XattrPolicy};
 
 const READ: u64 = SETUPMAPPING_READ;
@@ -384,7 +384,9 @@ fn with_force_all_of_it_ends_at_once() {
     guest.setup(file, 0, RANGE, BOTH, 0).ok();
     guest.setup(file, 0, RANGE, READ, RANGE).ok();
     guest.setup(kept, 0, RANGE, BOTH, 2 * RANGE).ok();
+    assert!(guest.session.snapshot().contains(&("dax_live", 3)));
     assert_eq!(sandbox.tree.remove("/one", true), Ok(Removed::Gone));
+    assert!(guest.session.snapshot().contains(&("dax_live", 1)), "what is gone is not counted");
     for node in [root, file] {
         assert_eq!(guest.getattr(node).error, libc::ESTALE);
     }
@@ -647,4 +649,78 @@ fn members_come_and_go_while_they_are_used_and_nothing_is_left() {
     assert!(sandbox.tree.list().is_empty());
     assert_eq!(sandbox.tree.common.descriptors_in_use(), free);
     assert_eq!((sandbox.window().live_mappings(), sandbox.window().live_files()), (0, 0));
+}
+
+/// A window from which nothing can be taken away.
+struct Stuck;
+
+impl DaxWindow for Stuck {
+    fn size(&self) -> u64 {
+        RANGE
+    }
+
+    fn map_for(
+        &self,
+        _: u32,
+        _: u64,
+        _: u64,
+        _: std::os::fd::BorrowedFd<'_>,
+        _: u64,
+        _: bool,
+    ) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn set_writable(&self, _: u32, writable: bool) -> std::io::Result<()> {
+        if writable { Ok(()) } else { Err(std::io::Error::from_raw_os_error(libc::ENOMEM)) }
+    }
+
+    fn is_severed(&self, _: u32, _: (u64, u64)) -> bool {
+        false
+    }
+
+    fn take_away(&self, _: u32) {}
+
+    fn unmap(&self, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn clear(&self) {}
+}
+
+#[test]
+fn a_switch_to_read_only_that_leaves_something_writable_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let tree = Tree::new(Options::new("/"), Some(Arc::new(Stuck)));
+    tree.add("/one", Options::new(directory.path())).unwrap();
+    let error = tree.set_read_only("/one", true).unwrap_err();
+    assert!(matches!(&error, TreeError::Mapped { path, .. } if path == "/one"));
+    assert!(error.to_string().contains("can still write"), "{error}");
+    assert!(tree.list()[0].read_only, "for all requests it is");
+    assert_eq!(tree.set_read_only("/one", false), Ok(()));
+}
+
+#[test]
+fn what_was_promised_to_a_member_is_free_again_when_it_is_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::File::create(directory.path().join("file")).unwrap().set_len(4 * RANGE).unwrap();
+    let session = Options { window: Some(16 * RANGE), ..Options::new("/") };
+    let tree = Tree::new(session, None);
+    tree.add("/one", Options::new(directory.path())).unwrap();
+    let promised = || {
+        let all = tree.statistics();
+        all.iter().find(|(name, _)| *name == "dax_promised_bytes").unwrap().1
+    };
+    let member = tree.member(1 << NUMBER_BITS).unwrap();
+    assert_eq!(tree.remove("/one", false).unwrap(), Removed::Gone);
+    // A request that was being served meanwhile.
+    let caller = Caller { nodeid: member.root(), ..caller() };
+    member.share.lookup(caller, c"file").unwrap();
+    assert_eq!(promised(), 4 * RANGE);
+    drop(member);
+    assert_eq!(promised(), 0);
+}
+
+fn caller() -> Caller {
+    Caller { nodeid: 0, uid: 0, gid: 0, pid: 1, group: None, umask: None, at_once: false }
 }

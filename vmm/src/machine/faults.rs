@@ -83,23 +83,24 @@ impl FaultCounters {
         Ok(Self { file, taken, answered })
     }
 
-    /// How many faults KVM has not answered yet. Goes down where it had to wait for a page, and up without end
-    /// while an access is repeated for which there is none.
+    /// How many faults KVM took, and how many of them it has not answered yet. The latter goes down where it had to
+    /// wait for a page, and up without end while an access is repeated for which there is none.
     ///
     /// # Errors
     ///
     /// The host's.
-    pub fn unanswered(&self) -> io::Result<i64> {
+    pub fn taken_and_unanswered(&self) -> io::Result<(i64, i64)> {
         let value = |at| -> io::Result<i64> {
             let mut value = [0; 8];
             self.file.read_exact_at(&mut value, at)?;
             Ok(i64::from_ne_bytes(value))
         };
-        let mut left = value(self.taken)?;
+        let taken = value(self.taken)?;
+        let mut left = taken;
         for at in self.answered {
             left = left.wrapping_sub(value(at)?);
         }
-        Ok(left)
+        Ok((taken, left))
     }
 }
 
@@ -149,7 +150,7 @@ pub(super) mod tests {
     #[test]
     fn what_is_not_answered_is_what_is_left_of_what_was_taken() {
         let (counters, file) = counters();
-        assert_eq!(counters.unanswered().unwrap(), 0);
+        assert_eq!(counters.taken_and_unanswered().unwrap(), (0, 0));
         for (name, value, left) in [
             ("pf_taken", 10, 10),
             ("pf_fixed", 5, 5),
@@ -159,7 +160,7 @@ pub(super) mod tests {
             ("pf_taken", u64::MAX, -12),
         ] {
             set(&file, name, value);
-            assert_eq!(counters.unanswered().unwrap(), left, "{name}");
+            assert_eq!(counters.taken_and_unanswered().unwrap().1, left, "{name}");
         }
     }
 

@@ -1,10 +1,14 @@
 //! How large the window of a share is when its user does not say.
 
 use std::collections::VecDeque;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use devices::dax::Policy;
+use devices::share;
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, statx};
 
 /// The smallest window that is chosen, in bytes: what a directory that is empty now may need, for 1 MiB of the
 /// guest's memory.
@@ -40,8 +44,11 @@ impl WindowChoice {
     /// can grow, if that is given.
     pub fn fitting(directory: &Path, reads: bool, memory: u64, max: Option<u64>) -> Self {
         let most = most(memory, max);
-        let found = ranges_in(directory, reads, most / Policy::RANGE, PATIENCE);
-        Self::for_ranges(found, most, max)
+        match ranges_in(directory, reads, most / Policy::RANGE, PATIENCE) {
+            Found::Ranges(ranges) => Self::for_ranges(Some(ranges), most, max),
+            Found::Much => Self::for_ranges(None, most, max),
+            Found::Far => Self::unknown(memory, max),
+        }
     }
 
     /// For files that are not known yet: at most what [`fitting`](Self::fitting) gives to many large ones.
@@ -75,37 +82,76 @@ fn most(memory: u64, max: Option<u64>) -> u64 {
     (memory / Policy::RANGE * Policy::RANGE).max(LEAST).min(max.unwrap_or(u64::MAX))
 }
 
-/// Ranges of the window that the files of a directory would take; `None` when there are more than `most`, or
-/// more files than there is time to look at.
-fn ranges_in(directory: &Path, reads: bool, most: u64, patience: Duration) -> Option<u64> {
+/// What a look at a directory finds.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    /// So many ranges of the window its files would take.
+    Ranges(u64),
+    /// More than there can be, or more files than there is time to look at.
+    Much,
+    /// Another machine or process has its files, and might keep the sandbox from starting: not looked at.
+    Far,
+}
+
+/// Ranges of the window that the files of a directory would take, if they are at most `most`. What is mounted below is not
+/// looked at: it may be of any size, and far away.
+fn ranges_in(directory: &Path, reads: bool, most: u64, patience: Duration) -> Found {
     let deadline = Instant::now() + patience;
-    let mut directories: VecDeque<PathBuf> = VecDeque::from([directory.to_path_buf()]);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(root) = rustix::fs::openat(CWD, directory, flags | OFlags::PATH, Mode::empty()) else {
+        return Found::Ranges(0);
+    };
+    if !share::is_near(&root).unwrap_or(false) {
+        return Found::Far;
+    }
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let mut directories: VecDeque<PathBuf> = VecDeque::from([PathBuf::from(".")]);
     let mut ranges = 0;
     while let Some(directory) = directories.pop_front() {
         // One that may not be read is none that the guest reads.
-        let Ok(listing) = std::fs::read_dir(&directory) else { continue };
+        let opened = rustix::fs::openat2(&root, &directory, flags, Mode::empty(), resolve);
+        let Ok(opened) = opened else { continue };
+        let Ok(listing) = Dir::read_from(&opened) else { continue };
         // Also where there is nothing in them.
         if Instant::now() > deadline {
-            return None;
+            return Found::Much;
         }
         for entry in listing.flatten() {
             if Instant::now() > deadline {
-                return None;
+                return Found::Much;
             }
-            let Ok(kind) = entry.file_type() else { continue };
-            if kind.is_dir() {
-                directories.push_back(entry.path());
-            } else if kind.is_file()
-                && let Ok(metadata) = entry.metadata()
-            {
-                ranges += Policy::ranges_of(metadata.len(), reads);
-                if ranges > most {
-                    return None;
+            let name = entry.file_name();
+            let kind = match entry.file_type() {
+                FileType::Unknown => {
+                    file(&opened, name).map_or(FileType::Unknown, |(kind, _)| kind)
                 }
+                known => known,
+            };
+            match kind {
+                FileType::Directory if !matches!(name.to_bytes(), b"." | b"..") => {
+                    use std::os::unix::ffi::OsStrExt;
+                    directories
+                        .push_back(directory.join(std::ffi::OsStr::from_bytes(name.to_bytes())));
+                }
+                FileType::RegularFile => {
+                    let size = file(&opened, name).map_or(0, |(_, size)| size);
+                    ranges += Policy::ranges_of(size, reads);
+                    if ranges > most {
+                        return Found::Much;
+                    }
+                }
+                _ => {}
             }
         }
     }
-    Some(ranges)
+    Found::Ranges(ranges)
+}
+
+/// What an entry is, and its size, as far as is known here.
+fn file(directory: &OwnedFd, name: &CStr) -> Option<(FileType, u64)> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    let stat = statx(directory.as_fd(), name, flags, StatxFlags::TYPE | StatxFlags::SIZE).ok()?;
+    Some((FileType::from_raw_mode(stat.stx_mode.into()), stat.stx_size))
 }
 
 #[cfg(test)]
@@ -135,14 +181,36 @@ mod tests {
         }
         std::os::unix::fs::symlink("/", path.join("root")).unwrap();
         std::os::unix::fs::symlink(".", path.join("loop")).unwrap();
-        assert_eq!(ranges_in(path, true, 1000, LONG), Some(75));
-        assert_eq!(ranges_in(path, false, 1000, LONG), Some(175));
-        assert_eq!(ranges_in(path, true, 75, LONG), Some(75));
-        assert_eq!(ranges_in(path, true, 74, LONG), None, "more than there can be");
-        assert_eq!(ranges_in(path, true, 1000, Duration::ZERO), None, "no time to look");
+        assert_eq!(ranges_in(path, true, 1000, LONG), Found::Ranges(75));
+        assert_eq!(ranges_in(path, false, 1000, LONG), Found::Ranges(175));
+        assert_eq!(ranges_in(path, true, 75, LONG), Found::Ranges(75));
+        assert_eq!(ranges_in(path, true, 74, LONG), Found::Much, "more than there can be");
+        assert_eq!(ranges_in(path, true, 1000, Duration::ZERO), Found::Much, "no time to look");
         file(path.join("huge"), 1 << 42);
-        assert_eq!(ranges_in(path, true, 1000, LONG), None);
-        assert_eq!(ranges_in(Path::new("/nonexistent"), true, 1, LONG), Some(0));
+        assert_eq!(ranges_in(path, true, 1000, LONG), Found::Much);
+        assert_eq!(ranges_in(Path::new("/nonexistent"), true, 1, LONG), Found::Ranges(0));
+    }
+
+    #[test]
+    fn what_is_mounted_is_not_looked_at() {
+        let directory = tempfile::tempdir().unwrap();
+        file(directory.path().join("here"), 50 * MIB);
+        // As root, or not at all.
+        let below = directory.path().join("below");
+        fs::create_dir(&below).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        if rustix::mount::mount("tmpfs", &below, "tmpfs", flags, None).is_ok() {
+            file(below.join("there"), 50 * MIB);
+            let found = ranges_in(directory.path(), true, 1000, LONG);
+            rustix::mount::unmount(&below, rustix::mount::UnmountFlags::DETACH).unwrap();
+            assert_eq!(found, Found::Ranges(25));
+        }
+        // Every process has one of these, and nobody knows how large.
+        assert_eq!(ranges_in(Path::new("/proc"), true, 1000, LONG), Found::Far);
+        assert_eq!(
+            WindowChoice::fitting(Path::new("/proc"), true, 4096 * MIB, None).bytes,
+            UNKNOWN
+        );
     }
 
     #[test]

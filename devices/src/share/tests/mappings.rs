@@ -55,7 +55,7 @@ fn the_same_range_again_makes_it_writable_and_is_counted_as_that() {
     assert_eq!(guest.read(node, fh, 5, 1).body, [0x55]);
     assert_eq!(guest.write(node, fh, 6, &[0x66]).error, 0);
     assert_eq!(peek(&guest, 6), Some(0x66));
-    let counters = guest.session.counters().snapshot();
+    let counters = guest.session.snapshot();
     for expected in [("SETUPMAPPING", 2), ("dax_setups", 2), ("dax_upgrades", 1), ("dax_live", 1)] {
         assert!(counters.contains(&expected), "{expected:?} in {counters:?}");
     }
