@@ -110,15 +110,23 @@ fn data_that_is_not_in_the_page_cache_is_left_to_who_may_wait() {
     assert_eq!(at_once(0, 1 << 20).unwrap().body.len(), 256 << 10, "up to the end");
     assert_eq!(at_once(1 << 20, 4096).unwrap().body, [], "past it");
     file.sync_all().unwrap();
-    let all = std::num::NonZero::new(256 << 10);
-    rustix::fs::fadvise(&file, 0, all, Advice::DontNeed).unwrap();
     rustix::fs::fadvise(&file, 0, None, Advice::Random).unwrap();
-    assert!(at_once(0, 4096).is_none());
-    // With a part of it cached, nothing: a short answer would be the end of the file.
-    let mut page = [0; 4096];
-    file.read_exact_at(&mut page, 0).unwrap();
-    assert_eq!(at_once(0, 4096).unwrap().body, [7; 4096]);
-    assert!(at_once(0, 256 << 10).is_none());
+    // To be asked for data that is not there starts to read it, and a disk in memory may be quick enough to be asked in
+    // vain; then all of it is there. A short answer would be the end of the file.
+    let is_left = |cached: usize, size: u32| {
+        (0..1000).any(|_| {
+            let all = std::num::NonZero::new(256 << 10);
+            rustix::fs::fadvise(&file, 0, all, Advice::DontNeed).unwrap();
+            file.read_exact_at(&mut vec![0; cached], 0).unwrap();
+            let reply = at_once(0, size);
+            if let Some(reply) = &reply {
+                assert_eq!(reply.body, vec![7; size as usize]);
+            }
+            reply.is_none()
+        })
+    };
+    assert!(is_left(0, 4096), "nothing is cached");
+    assert!(is_left(4096, 256 << 10), "a part is cached");
     assert_eq!(guest.read(node, fh, 0, 256 << 10).body, [7; 256 << 10]);
     assert_eq!(at_once(0, 256 << 10).unwrap().body, [7; 256 << 10]);
 }

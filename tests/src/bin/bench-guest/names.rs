@@ -90,7 +90,7 @@ pub(crate) fn unpack(directory: &Path, archive: &str) -> Result<Count> {
     let status = Command::new(busybox[0])
         .args(&busybox[1..])
         .arg("-xf")
-        .arg(archive)
+        .arg(directory.join(archive))
         .arg("-C")
         .arg(&target)
         .status()?;

@@ -166,13 +166,24 @@ impl Running {
         }
     }
 
-    fn processes(&self) -> impl Iterator<Item = u32> + '_ {
-        [Some(&self.machine), self.helper.as_ref()].into_iter().flatten().map(Child::id)
+    /// The machine, the helper, and what they started: virtiofsd works in a process of its own.
+    fn processes(&self) -> Vec<u32> {
+        let mut all: Vec<u32> = [Some(&self.machine), self.helper.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(Child::id)
+            .collect();
+        let mut at = 0;
+        while let Some(process) = all.get(at).copied() {
+            all.extend(children_of(process));
+            at += 1;
+        }
+        all
     }
 
     /// Nanoseconds that all their threads ran.
     fn cpu(&self) -> u64 {
-        self.processes().filter_map(cpu_of).sum()
+        self.processes().into_iter().filter_map(cpu_of).sum()
     }
 
     fn exits(&self) -> Option<u64> {
@@ -186,7 +197,7 @@ impl Running {
 
     /// KiB of memory of its processes, but the guest's memory, the window and what is mapped into it.
     fn memory(&self, parts: &Parts) -> u64 {
-        self.processes().filter_map(|process| memory_of(process, parts)).sum()
+        self.processes().into_iter().filter_map(|process| memory_of(process, parts)).sum()
     }
 }
 
@@ -201,6 +212,16 @@ impl Drop for Running {
 
 fn tail(lines: &[String]) -> String {
     lines[lines.len().saturating_sub(3)..].join(" | ")
+}
+
+fn children_of(process: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let texts = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    texts
+        .flat_map(|text| {
+            text.split_whitespace().filter_map(|word| word.parse().ok()).collect::<Vec<_>>()
+        })
+        .collect()
 }
 
 fn cpu_of(process: u32) -> Option<u64> {

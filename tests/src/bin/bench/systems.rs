@@ -63,6 +63,16 @@ pub const SYSTEMS: &[System] = &[
         kind: Kind::Oriel { share: "dax=never,cache=always", dax: "" },
     },
     System {
+        name: "oriel-inline",
+        about: "Oriel without DAX, dispatch=inline",
+        kind: Kind::Oriel { share: "dax=never,dispatch=inline", dax: "" },
+    },
+    System {
+        name: "oriel-worker",
+        about: "Oriel without DAX, dispatch=worker",
+        kind: Kind::Oriel { share: "dax=never,dispatch=worker", dax: "" },
+    },
+    System {
         name: "virtiofsd",
         about: "QEMU and virtiofsd, cache=auto",
         kind: Kind::Virtiofsd { cache: "auto" },
