@@ -3,8 +3,8 @@
 //! There is no firmware: the root gives every BAR its address when the function is added. The guest may
 //! move BARs and turn them off at any time; the routing follows at once.
 //!
-//! Locks, from the outside in: configuration writes (one at a time over the bus), a function's
-//! configuration, the routing table. A window is placed under the first alone, so a slot may take whatever
+//! Locks, from the outside in: writes of what decides about decoding (one at a time over the bus), a
+//! function's configuration, the routing table. A window is placed under the first alone, so a slot may take whatever
 //! locks the machine has, but must not access configuration space. None is held while a BAR is accessed,
 //! which may take as long as resetting a device takes.
 
@@ -133,7 +133,7 @@ struct Inner {
     functions: RwLock<Vec<Arc<dyn PciFunction>>>,
     /// What is decoded now, by address.
     mappings: RwLock<Vec<Mapping>>,
-    /// Held while configuration space is written and the routing follows.
+    /// Held while what decides about decoding is written and the routing follows.
     writing: Mutex<()>,
     /// The first unused address of each window.
     free: Mutex<AddressWindows>,
@@ -233,9 +233,11 @@ impl Inner {
         let Some(function) = self.function(device) else {
             return;
         };
-        let _one_at_a_time = lock(&self.writing);
+        let moves = Configuration::decides_decoding(register, data.len());
+        // Not held for all writes: one of the PCI_CFG capability is an access to a BAR, which may take long.
+        let _one_at_a_time = moves.then(|| lock(&self.writing));
         function.write_config(register, data);
-        if Configuration::decides_decoding(register, data.len()) {
+        if moves {
             self.route();
         }
     }

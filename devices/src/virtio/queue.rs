@@ -2,11 +2,11 @@
 //!
 //! Ring positions and notification suppression are `virtio_queue`'s. Descriptors are walked here, for two
 //! reasons: that crate ends a broken chain early without a word, and it reads an indirect table with plain
-//! loads, while a guest may put the table where only system calls may read (see [`crate::memory`]).
+//! loads wherever it is, while a guest may put it where only system calls may read (see [`crate::memory`]).
 //!
 //! Every descriptor is copied once and only the copy is looked at.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion};
@@ -110,9 +110,10 @@ pub enum QueueError {
     /// An indirect table that is empty, not made of whole descriptors, or longer than the queue.
     #[error("an indirect table of {0} bytes")]
     IndirectLength(u32),
-    /// An indirect table that is not in memory.
+    /// An indirect table that is not in RAM: no driver has one in a window, where to read it may take as long as a
+    /// disk does.
     #[error("an indirect table cannot be read")]
-    IndirectTable(#[source] BufferError),
+    IndirectTable,
     /// A chain was completed that is not in flight: a mistake of the device.
     #[error("head {0} is not in flight")]
     NotInFlight(u16),
@@ -198,13 +199,13 @@ struct Descriptor {
     next: u16,
 }
 
-/// Where the next descriptor comes from: the descriptor area, or an indirect table.
-struct Table<'m> {
+/// Where the next descriptor comes from: the descriptor area, or an indirect table. In RAM, either.
+struct Table {
     /// Number of descriptors.
     size: u16,
-    /// Guest-physical address of the descriptor area.
+    /// Guest-physical.
     address: u64,
-    indirect: Option<GuestBuffer<'m>>,
+    is_indirect: bool,
 }
 
 impl Queue {
@@ -306,7 +307,7 @@ impl Queue {
     fn walk<'m>(&self, memory: &'m GuestMemory, head: u16) -> Result<Chain<'m>, QueueError> {
         let mut chain = Chain { head, readable: GuestBuffer::new(), writable: GuestBuffer::new() };
         let mut table =
-            Table { size: self.ring.size(), address: self.ring.desc_table(), indirect: None };
+            Table { size: self.ring.size(), address: self.ring.desc_table(), is_indirect: false };
         let mut index = head;
         let mut left = self.ring.size();
         let mut bytes = 0u64;
@@ -315,7 +316,7 @@ impl Queue {
             let descriptor = table.read(memory, index)?;
             if descriptor.flags & VIRTQ_DESC_F_INDIRECT != 0 {
                 // At most once a chain: the second time the table is indirect already.
-                if table.indirect.is_some() {
+                if table.is_indirect {
                     return Err(QueueError::IndirectNested);
                 }
                 table = self.open_table(memory, descriptor)?;
@@ -345,11 +346,11 @@ impl Queue {
         }
     }
 
-    fn open_table<'m>(
+    fn open_table(
         &self,
-        memory: &'m GuestMemory,
+        memory: &GuestMemory,
         descriptor: Descriptor,
-    ) -> Result<Table<'m>, QueueError> {
+    ) -> Result<Table, QueueError> {
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated);
         }
@@ -363,11 +364,10 @@ impl Queue {
             .filter(|size| (1..=self.ring.size()).contains(size))
             .filter(|_| len.is_multiple_of(DESCRIPTOR_SIZE))
             .ok_or(QueueError::IndirectLength(descriptor.len))?;
-        let mut entries = GuestBuffer::new();
-        entries
-            .push(memory, descriptor.address, descriptor.len as usize)
-            .map_err(QueueError::IndirectTable)?;
-        Ok(Table { size, address: self.ring.desc_table(), indirect: Some(entries) })
+        if !is_ram(memory, descriptor.address.0, len) {
+            return Err(QueueError::IndirectTable);
+        }
+        Ok(Table { size, address: descriptor.address.0, is_indirect: true })
     }
 
     /// Gives a request back to the driver, with the number of bytes written to it. Tells nobody: see
@@ -425,26 +425,47 @@ impl Queue {
     pub fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         self.ring.enable_notification(memory).map_err(|_| QueueError::Ring)
     }
+
+    /// Asks the driver to notify of the next request that it adds, also when others are in the queue that nobody has
+    /// taken. (After [`enable_notification`](Self::enable_notification) a driver with EVENT_IDX notifies only if they
+    /// have been taken.) `true` when there are such.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError::AvailableIndex`], [`QueueError::Ring`].
+    pub fn ask_for_next(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        if !self.ring.event_idx_enabled() {
+            return self.enable_notification(memory);
+        }
+        // `avail_event` (2.7.8), behind the header of the used ring and its elements. Inside memory: see `Rings::check`.
+        let event = 4 + 8 * u64::from(self.ring.size());
+        let event = self.ring.used_ring().checked_add(event).ok_or(QueueError::Ring)?;
+        let place = GuestAddress(event);
+        let mut waiting = self.waiting(memory)?;
+        // A driver that goes on adding is through when the queue is full.
+        for _ in 0..=self.ring.size() {
+            let index = self.ring.next_avail().wrapping_add(waiting);
+            memory.store(index.to_le(), place, Ordering::Relaxed).map_err(|_| QueueError::Ring)?;
+            // The driver writes its index first and then looks here; who looks there after writing here has seen it.
+            fence(Ordering::SeqCst);
+            let before = std::mem::replace(&mut waiting, self.waiting(memory)?);
+            if before == waiting {
+                break;
+            }
+        }
+        Ok(waiting > 0)
+    }
 }
 
-impl Table<'_> {
+impl Table {
     fn read(&self, memory: &GuestMemory, index: u16) -> Result<Descriptor, QueueError> {
         if index >= self.size {
             return Err(QueueError::Next(index));
         }
         let mut bytes = [0; DESCRIPTOR_SIZE as usize];
         let offset = u64::from(index) * DESCRIPTOR_SIZE;
-        match &self.indirect {
-            Some(entries) => {
-                entries.read_at(offset as usize, &mut bytes).map_err(QueueError::IndirectTable)?
-            }
-            None => {
-                let address = self.address.checked_add(offset).ok_or(QueueError::Ring)?;
-                memory
-                    .read_slice(&mut bytes, GuestAddress(address))
-                    .map_err(|_| QueueError::Ring)?;
-            }
-        }
+        let address = self.address.checked_add(offset).ok_or(QueueError::Ring)?;
+        memory.read_slice(&mut bytes, GuestAddress(address)).map_err(|_| QueueError::Ring)?;
         Ok(Descriptor::decode(bytes))
     }
 }

@@ -2,16 +2,14 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::signal::Killable;
-
 use super::Server;
 use super::config::{Config, VIRTIO_FS_F_WINDOW_GROWS};
 use super::dispatch::{Counts, Dispatch, Statistics};
+use super::thread::{Spawn, Thread, spawn};
 use super::worker::{Service, Worker};
 use crate::dax::DaxWindow;
 use crate::kick;
@@ -56,40 +54,17 @@ pub struct FsDevice {
     /// For each queue, who hears its doorbell while the device is active. No two queues have a lock in common here.
     doorbells: Vec<Mutex<Option<Arc<Worker>>>>,
     counts: Vec<Arc<Counts>>,
-    running: Arc<Mutex<Vec<Running>>>,
+    spawn: Spawn,
+    running: Mutex<Running>,
 }
 
-/// A thread that serves a queue.
-pub(super) struct Running {
-    worker: Arc<Worker>,
-    thread: thread::JoinHandle<()>,
-    /// Disconnected once the thread is at its end.
-    ended: mpsc::Receiver<()>,
-}
-
-impl Running {
-    /// Starts one more thread for a queue, unless that has enough.
-    pub(super) fn begin(running: &mut Vec<Self>, worker: &Arc<Worker>) -> io::Result<()> {
-        if !worker.expect_thread() {
-            return Ok(());
-        }
-        let name = format!("virtio-fs:{}", worker.index());
-        let body = worker.clone();
-        let (ends, ended) = mpsc::channel();
-        let thread = thread::Builder::new().name(name).spawn(move || {
-            body.run();
-            drop((body, ends));
-        });
-        let thread = thread.inspect_err(|_| worker.expect_no_thread())?;
-        running.push(Self { worker: worker.clone(), thread, ended });
-        Ok(())
-    }
-
-    /// Waits for the worker's end, at most until then. A panic was printed by the thread itself.
-    fn ends_by(&self, time: Instant) -> bool {
-        let left = time.saturating_duration_since(Instant::now());
-        self.ended.recv_timeout(left) == Err(RecvTimeoutError::Disconnected)
-    }
+/// What serves the queues.
+#[derive(Default)]
+struct Running {
+    /// One for each queue that is served.
+    workers: Vec<Arc<Worker>>,
+    /// Threads that were told to stop, and are waited for.
+    ending: Vec<Thread>,
 }
 
 /// How long a request may take, once its worker is to stop, before it is kicked. Most that take longer than an
@@ -124,7 +99,8 @@ impl FsDevice {
             dispatch: Dispatch::default(),
             doorbells: (0..count).map(|_| Mutex::default()).collect(),
             counts: (0..count).map(|_| Arc::default()).collect(),
-            running: Arc::default(),
+            spawn: Arc::new(spawn),
+            running: Mutex::default(),
         })
     }
 
@@ -132,6 +108,13 @@ impl FsDevice {
     #[must_use]
     pub fn with_dispatch(mut self, dispatch: Dispatch) -> Self {
         self.dispatch = dispatch;
+        self
+    }
+
+    /// The same, whose threads are started by `spawn`.
+    #[cfg(test)]
+    pub(super) fn with_spawn(mut self, spawn: Spawn) -> Self {
+        self.spawn = spawn;
         self
     }
 
@@ -178,10 +161,11 @@ impl FsDevice {
                 interrupts: activation.interrupts.clone(),
                 server: self.server.clone(),
                 dispatch: self.dispatch,
-                running: Arc::downgrade(&self.running),
+                spawn: self.spawn.clone(),
             };
             let worker = Arc::new(Worker::new(active, service, counts.clone()));
-            Running::begin(&mut running, &worker)?;
+            worker.add_thread()?;
+            running.workers.push(worker.clone());
             *lock(doorbell) = Some(worker);
         }
         Ok(())
@@ -210,7 +194,7 @@ impl FsDevice {
                 Err(TryLockError::Poisoned(poisoned)) => {
                     return stop_within(&mut poisoned.into_inner(), left);
                 }
-                // For a reset, or for the moment in which a thread is added.
+                // For a reset.
                 Err(TryLockError::WouldBlock) if left.is_zero() => return false,
                 Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
             }
@@ -222,16 +206,18 @@ impl FsDevice {
 ///
 /// One whose request hangs in the host is kicked: what waits for a server that lets its clients give up, as most on
 /// a network do, ends so. Where the host's kernel does not let it be ended, it goes on being waited for.
-fn stop_within(running: &mut Vec<Running>, patience: Duration) -> bool {
+fn stop_within(running: &mut Running, patience: Duration) -> bool {
     let since = Instant::now();
-    for one in running.iter() {
-        one.worker.stop();
+    for worker in &running.workers {
+        worker.stop();
     }
+    let Running { workers, ending } = running;
+    ending.extend(workers.drain(..).flat_map(|worker| worker.take_threads()));
     let mut next = GRACE;
     loop {
         let until = Instant::now() + next;
-        running.retain(|one| !one.ends_by(until));
-        if running.is_empty() {
+        ending.retain(|thread| !thread.ends_by(until));
+        if ending.is_empty() {
             return true;
         }
         if since.elapsed() >= patience {
@@ -241,9 +227,8 @@ fn stop_within(running: &mut Vec<Running>, patience: Duration) -> bool {
             log::warn!("a request hangs in the host, whose file system does not answer it");
         }
         next = KICK_INTERVAL;
-        for one in running.iter() {
-            // An error means that the thread has just ended.
-            let _ = one.thread.kill(kick::signal());
+        for thread in ending.iter() {
+            thread.kick();
         }
     }
 }

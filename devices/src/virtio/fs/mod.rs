@@ -3,6 +3,7 @@
 pub mod config;
 pub mod device;
 mod dispatch;
+mod thread;
 mod worker;
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! Serving one queue: by the vCPUs that ring its doorbell, and by threads.
 
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use vm_memory::GuestAddressSpace;
 
 use super::Server;
-use super::device::{HIPRIO_QUEUES, Running};
+use super::device::HIPRIO_QUEUES;
 use super::dispatch::{BATCH, Counts, DEEP, Dispatch, MOST_THREADS};
+use super::thread::{Spawn, Thread};
 use crate::fuse::{Completion, Deferral, Served};
 use crate::memory::{AtomicGuestMemory, BufferPlace, GuestMemory};
 use crate::sync::lock;
@@ -33,23 +35,25 @@ pub(super) struct Service {
     pub(super) interrupts: Arc<dyn Interrupts>,
     pub(super) server: Arc<dyn Server>,
     pub(super) dispatch: Dispatch,
-    /// The threads of all queues of the device. Gone with the device.
-    pub(super) running: Weak<Mutex<Vec<Running>>>,
+    pub(super) spawn: Spawn,
 }
 
 /// One queue and all it takes to serve it, from activation to reset.
 ///
 /// Its requests are taken by the vCPUs that [ring](Self::ring), and by threads that [run](Self::run) it. All of them
 /// take from the same ring, in order; what a vCPU finds that it would have to wait for it leaves to the threads, which
-/// take that first. The driver is asked to ring for the next request before a request is served that may have to be
-/// waited for, and when the ring is empty: so there is always somebody who looks, and nobody rings for a thread that
-/// looks anyway.
+/// take that first. The driver is asked to ring for the next request before a request is served by a vCPU or may have
+/// to be waited for, when the ring is empty, and when a thread is needed that does not come: so there is always
+/// somebody who looks, and nobody rings for a thread that looks anyway.
 pub(super) struct Worker {
     index: u16,
     service: Service,
     counts: Arc<Counts>,
     /// Held for the moments a request is taken or given back, never while one is served.
     line: Mutex<Line>,
+    /// Its threads; `None` when no more are to come. Held while one is started, never while one is waited for. Taken
+    /// before `line`.
+    threads: Mutex<Option<Vec<Thread>>>,
     /// Where threads wait for a call.
     called: Condvar,
     /// vCPUs that are serving.
@@ -105,6 +109,7 @@ impl Worker {
             service,
             counts,
             line: Mutex::new(line),
+            threads: Mutex::new(Some(Vec::new())),
             called: Condvar::new(),
             inside: AtomicUsize::new(0),
             left: Condvar::new(),
@@ -112,27 +117,37 @@ impl Worker {
         }
     }
 
-    /// The number of its queue.
-    pub(super) fn index(&self) -> u16 {
-        self.index
+    /// Starts one more thread, unless it has enough or is being stopped. Also for a vCPU, which waits at most for
+    /// another one that does the same.
+    ///
+    /// # Errors
+    ///
+    /// The host's: then no thread comes, and whoever has left something to it must see to that.
+    pub(super) fn add_thread(self: &Arc<Self>) -> io::Result<()> {
+        let mut threads = lock(&self.threads);
+        let Some(threads) = threads.as_mut() else { return Ok(()) };
+        {
+            let mut line = lock(&self.line);
+            if line.threads >= MOST_THREADS {
+                return Ok(());
+            }
+            line.threads += 1;
+        }
+        let body = self.clone();
+        let name = format!("virtio-fs:{}", self.index);
+        let started = Thread::start(&self.service.spawn, name, move || body.run());
+        threads.push(started.inspect_err(|_| lock(&self.line).threads -= 1)?);
+        Ok(())
     }
 
-    /// One more thread is about to [run](Self::run) it; `false` when it has enough.
-    pub(super) fn expect_thread(&self) -> bool {
-        let mut line = lock(&self.line);
-        let room = line.threads < MOST_THREADS;
-        line.threads += usize::from(room);
-        room
-    }
-
-    /// That one will not come.
-    pub(super) fn expect_no_thread(&self) {
-        lock(&self.line).threads -= 1;
+    /// Its threads, which were told to [`stop`](Self::stop). None is started from now on.
+    pub(super) fn take_threads(&self) -> Vec<Thread> {
+        lock(&self.threads).take().unwrap_or_default()
     }
 
     /// The body of a thread: serves the queue until [`stop`](Self::stop). The first round is for what the driver put
     /// in the queue before it was ready.
-    pub(super) fn run(self: &Arc<Self>) {
+    fn run(self: &Arc<Self>) {
         while !self.stopped() {
             let more = self.serve_next().and_then(|served| match served {
                 true => Ok(()),
@@ -147,14 +162,17 @@ impl Worker {
     /// The doorbell was rung, by the vCPU whose thread this is. Serves what it need not wait for, or leaves it to the
     /// threads. What goes wrong ends this queue, and the driver is told.
     pub(super) fn ring(self: &Arc<Self>) {
+        let _inside = Inside::enter(self);
         let thread_wanted = match self.service.dispatch {
-            Dispatch::Worker => Ok(self.leave_to_threads()),
-            Dispatch::Auto | Dispatch::Inline => self.serve_inline(),
+            Dispatch::Worker => self.leave_to_threads().map_err(ServiceError::from),
+            Dispatch::Auto | Dispatch::Inline => self.serve_inline(false),
         };
-        match thread_wanted {
-            Ok(false) => {}
-            Ok(true) => self.add_thread(),
-            Err(error) => self.give_up(&error),
+        let done = match thread_wanted {
+            Ok(true) if !self.get_thread() => self.do_without_thread(),
+            other => other.map(drop),
+        };
+        if let Err(error) = done {
+            self.give_up(&error);
         }
     }
 
@@ -175,12 +193,15 @@ impl Worker {
         self.stopped.load(Ordering::SeqCst)
     }
 
+    /// Ends the queue and tells the driver, unless it has ended already: the driver may be another one by now.
     fn give_up(&self, reason: &dyn std::fmt::Display) {
-        log::warn!("queue {} of a file system stops: {reason}", self.index);
-        self.stopped.store(true, Ordering::SeqCst);
-        self.service.interrupts.needs_reset();
-        // So that no thread goes to sleep that has not seen it.
+        // Whoever stops it waits for this lock: see `stop`. And with it no thread goes to sleep that has not seen it.
         let _line = lock(&self.line);
+        if self.stopped.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        log::warn!("queue {} of a file system stops: {reason}", self.index);
+        self.service.interrupts.needs_reset();
         self.called.notify_all();
     }
 
@@ -199,7 +220,7 @@ impl Worker {
     fn wait_for_call(&self) -> Result<(), QueueError> {
         let memory = self.service.memory.memory();
         let mut line = lock(&self.line);
-        if line.queue.enable_notification(&memory)? || !line.handed_over.is_empty() {
+        if line.queue.ask_for_next(&memory)? || !line.handed_over.is_empty() {
             return Ok(());
         }
         // Not to be kept while it sleeps: a window may move.
@@ -212,41 +233,53 @@ impl Worker {
         Ok(())
     }
 
-    /// Has one more thread serve the queue.
-    fn add_thread(self: &Arc<Self>) {
-        let Some(running) = self.service.running.upgrade() else {
-            return;
-        };
-        // Whoever has it stops the threads, or adds another: there is no need to wait for either.
-        if let Ok(mut running) = running.try_lock()
-            && !self.stopped()
-            && let Err(error) = Running::begin(&mut running, self)
-        {
+    /// Has one more thread serve the queue; `false` when none could be started.
+    fn get_thread(self: &Arc<Self>) -> bool {
+        let added = self.add_thread();
+        if let Err(error) = &added {
             log::debug!("a file system goes on with fewer threads: {error}");
         }
+        added.is_ok()
+    }
+
+    /// A vCPU has left something to a thread that cannot be started. Serves what it can itself. What is left then
+    /// waits for the threads that there are; with the next request the driver rings, and another thread is tried.
+    fn do_without_thread(self: &Arc<Self>) -> Result<(), ServiceError> {
+        if self.service.dispatch != Dispatch::Worker {
+            self.serve_inline(true)?;
+        }
+        let memory = self.service.memory.memory();
+        let mut line = lock(&self.line);
+        if !self.stopped() && line.queue.ask_for_next(&memory)? {
+            self.call(&mut line);
+        }
+        Ok(())
     }
 
     /// Has threads serve what is in the queue. `true` when one more would be of use.
-    fn leave_to_threads(&self) -> bool {
+    fn leave_to_threads(&self) -> Result<bool, QueueError> {
         let memory = self.service.memory.memory();
         let mut line = lock(&self.line);
         if self.stopped() || self.call(&mut line) {
-            return false;
+            return Ok(false);
         }
-        // A queue that is broken is found to be so by the thread.
-        let depth = line.queue.waiting(&memory).unwrap_or(0);
-        line.wants_thread(depth > DEEP)
+        // None looks before it is done: the next ring finds out whether that is still so.
+        if line.waiting >= line.threads {
+            line.queue.ask_for_next(&memory)?;
+        }
+        let depth = line.queue.waiting(&memory)?;
+        Ok(line.wants_thread(depth > DEEP))
     }
 
-    /// Serves what a vCPU need not wait for. `true` when one more thread would be of use.
-    fn serve_inline(self: &Arc<Self>) -> Result<bool, ServiceError> {
-        let _inside = Inside::enter(self);
+    /// Serves what a vCPU need not wait for, `alone` also where threads would serve it better. `true` when one more
+    /// thread would be of use.
+    fn serve_inline(self: &Arc<Self>, alone: bool) -> Result<bool, ServiceError> {
         let mut thread_wanted = false;
         for _ in 0..BATCH {
             // A snapshot for each request: a guest that moves the window has no request in it meanwhile, and
             // one that does gets the old place.
             let memory = self.service.memory.memory();
-            let Some(chain) = self.take_inline(&memory, &mut thread_wanted)? else {
+            let Some(chain) = self.take_inline(&memory, alone, &mut thread_wanted)? else {
                 return Ok(thread_wanted);
             };
             match self.serve_at_once(&chain)? {
@@ -262,25 +295,25 @@ impl Worker {
                 }
             }
         }
-        Ok(self.leave_to_threads() | thread_wanted)
+        Ok(self.leave_to_threads()? | thread_wanted)
     }
 
     /// The next request for a vCPU. `None` when there is none, or so many that threads serve them, of which one more
-    /// may be of use.
+    /// may be of use, unless the vCPU is `alone`.
     fn take_inline<'m>(
         &self,
         memory: &'m GuestMemory,
+        alone: bool,
         thread_wanted: &mut bool,
     ) -> Result<Option<Chain<'m>>, QueueError> {
         let mut line = lock(&self.line);
         if self.stopped() {
             return Ok(None);
         }
-        let mut depth = line.queue.waiting(memory)?;
-        if depth == 0 && line.queue.enable_notification(memory)? {
-            depth = line.queue.waiting(memory)?;
-        }
-        if depth > DEEP && self.service.dispatch == Dispatch::Auto {
+        // None could be started when these were left to it: tried again.
+        *thread_wanted |= !line.handed_over.is_empty() && line.wants_thread(false);
+        let deep = line.queue.waiting(memory)? > DEEP;
+        if deep && !alone && self.service.dispatch == Dispatch::Auto {
             let one_more = line.wants_thread(true);
             *thread_wanted |= one_more;
             if self.call(&mut line) || one_more || line.waiting < line.threads {
@@ -288,11 +321,11 @@ impl Worker {
             }
         }
         let chain = line.queue.pop(memory)?;
-        // The last one: the driver is to ring for the next.
-        if depth == 1 {
-            line.queue.enable_notification(memory)?;
+        // Before this one is served: another vCPU is to ring for the next, and not to wait for this one.
+        match line.queue.ask_for_next(memory)? && chain.is_none() {
+            true => line.queue.pop(memory),
+            false => Ok(chain),
         }
-        Ok(chain)
     }
 
     /// Serves one request on a thread; `false` when there is none.
@@ -308,7 +341,8 @@ impl Worker {
             return Ok(true);
         }
         if self.begin_to_wait(&memory)? {
-            self.add_thread();
+            // Without one, whoever rings next looks, which the driver was asked to.
+            self.get_thread();
         }
         let served = self.serve(&task.chain);
         lock(&self.line).waiting -= 1;
@@ -336,7 +370,7 @@ impl Worker {
     fn begin_to_wait(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
         let mut line = lock(&self.line);
         line.waiting += 1;
-        let more = line.queue.enable_notification(memory)? || !line.handed_over.is_empty();
+        let more = line.queue.ask_for_next(memory)? || !line.handed_over.is_empty();
         Ok(more && !self.call(&mut line) && line.wants_thread(false))
     }
 
@@ -363,7 +397,7 @@ impl Worker {
     fn give_back(
         &self,
         memory: &GuestMemory,
-        mut line: std::sync::MutexGuard<'_, Line>,
+        mut line: MutexGuard<'_, Line>,
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {

@@ -369,3 +369,165 @@ fn a_request_that_is_handed_over_and_changed_meanwhile_is_checked_again() {
     counter.open_gate();
     driver.wait_until_broken();
 }
+
+/// A machine that has no thread to give but the first.
+fn machine_with_one_thread(
+    dispatch: Dispatch,
+) -> (Arc<Counter>, Arc<FsDevice>, Driver, Arc<AtomicUsize>) {
+    let counter = Arc::new(Counter::default());
+    let tries = Arc::new(AtomicUsize::new(0));
+    let tried = tries.clone();
+    let device = FsDevice::new(Config::new("share", 1).unwrap(), counter.clone(), None).unwrap();
+    // The first two are those of the two queues.
+    let device = device.with_dispatch(dispatch).with_spawn(Arc::new(move |name, body| match tried
+        .fetch_add(1, Ordering::SeqCst)
+    {
+        0 | 1 => crate::virtio::fs::thread::spawn(name, body),
+        _ => Err(std::io::ErrorKind::WouldBlock.into()),
+    }));
+    let device = Arc::new(device);
+    (counter, device.clone(), Driver::new(device), tries)
+}
+
+/// Rings as a driver with EVENT_IDX does that has put one request into the queue, which has `now` then (2.7.10).
+fn ring_if_asked(driver: &Driver, queue: &DriverQueue, now: u16) -> bool {
+    let asked = queue.avail_event(&driver.memory()).wrapping_add(1) == now;
+    if asked {
+        driver.notify(1);
+    }
+    asked
+}
+
+#[test]
+fn a_thread_that_cannot_be_started_holds_up_nothing_that_need_not_wait() {
+    for dispatch in [Dispatch::Auto, Dispatch::Inline] {
+        let (counter, device, driver, tries) = machine_with_one_thread(dispatch);
+        let mut queue = driver.start(VIRTIO_RING_F_EVENT_IDX, &[(0, 16), (1, 256)]).remove(1);
+        thread::sleep(Duration::from_millis(20));
+        offer(&driver, &mut queue, 0, b"wait");
+        assert!(ring_if_asked(&driver, &queue, 1));
+        wait_for(|| counter.waiting.load(Ordering::SeqCst) == 1);
+        wait_for(|| queue.avail_event(&driver.memory()) == 1);
+        // Many at a time, for which another thread is wanted.
+        for head in 1..=10u16 {
+            offer(&driver, &mut queue, 2 * head, b"now");
+        }
+        driver.notify(1);
+        assert_eq!(counter.threads_of(b"now"), vec![thread::current().id(); 10]);
+        // One that waits has to do so for the thread that there is, and holds up nobody.
+        offer(&driver, &mut queue, 22, b"wait");
+        assert!(ring_if_asked(&driver, &queue, 12));
+        let before = tries.load(Ordering::SeqCst);
+        for head in 12..20u16 {
+            offer(&driver, &mut queue, 2 * head, b"now");
+            assert!(ring_if_asked(&driver, &queue, head + 1));
+        }
+        assert_eq!(counter.threads_of(b"now").len(), 18);
+        assert!(tries.load(Ordering::SeqCst) > before, "it is tried again");
+        counter.open_gate();
+        wait_for(|| queue.used_index(&driver.memory()) == 20);
+        let of = device.statistics();
+        assert_eq!((of.inline, of.handed_over, of.by_threads), (18, 2, 2));
+    }
+}
+
+#[test]
+fn a_thread_that_cannot_be_started_is_tried_again_at_the_next_ring() {
+    let (counter, _device, driver, tries) = machine_with_one_thread(Dispatch::Worker);
+    let mut queue = driver.start(VIRTIO_RING_F_EVENT_IDX, &[(0, 16), (1, 256)]).remove(1);
+    thread::sleep(Duration::from_millis(20));
+    offer(&driver, &mut queue, 0, b"wait");
+    driver.notify(1);
+    wait_for(|| counter.waiting.load(Ordering::SeqCst) == 1);
+    for head in 1..10u16 {
+        wait_for(|| queue.avail_event(&driver.memory()) == head);
+        offer(&driver, &mut queue, 2 * head, b"now");
+        assert!(ring_if_asked(&driver, &queue, head + 1));
+    }
+    assert!(tries.load(Ordering::SeqCst) >= 2 + 9);
+    counter.open_gate();
+    wait_for(|| queue.used_index(&driver.memory()) == 10);
+}
+
+#[test]
+fn a_queue_whose_threads_all_wait_is_watched_however_much_is_in_it() {
+    for dispatch in [Dispatch::Auto, Dispatch::Inline, Dispatch::Worker] {
+        let (counter, _device, driver) = machine(dispatch);
+        let mut queue = start(&driver, VIRTIO_RING_F_EVENT_IDX);
+        let threads = MOST_THREADS as u16;
+        for head in 0..threads {
+            offer(&driver, &mut queue, 2 * head, b"wait");
+            driver.notify(1);
+            wait_for(|| counter.waiting.load(Ordering::SeqCst) == usize::from(head) + 1);
+        }
+        let more = threads + BATCH as u16 + 8;
+        for head in threads..more {
+            offer(&driver, &mut queue, 2 * head, b"now");
+        }
+        driver.notify(1);
+        let at_once = |count| if dispatch == Dispatch::Worker { 0 } else { count };
+        assert_eq!(counter.threads_of(b"now").len(), at_once(BATCH));
+        offer(&driver, &mut queue, 2 * more, b"now");
+        assert!(ring_if_asked(&driver, &queue, more + 1), "{dispatch:?}");
+        assert_eq!(counter.threads_of(b"now").len(), at_once(BATCH + 9));
+        counter.open_gate();
+        wait_for(|| queue.used_index(&driver.memory()) == more + 1);
+    }
+}
+
+#[test]
+fn a_vcpu_that_is_serving_lets_the_others_ring() {
+    let (counter, _device, driver) = machine(Dispatch::Auto);
+    let mut queue = start(&driver, VIRTIO_RING_F_EVENT_IDX);
+    let first = AtomicUsize::new(0);
+    let (inside, leave) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(false)));
+    let (entered, gate) = (inside.clone(), leave.clone());
+    *lock(&counter.hook) = Some(Arc::new(move || {
+        if first.fetch_add(1, Ordering::SeqCst) == 0 {
+            entered.store(1, Ordering::SeqCst);
+            wait_for(|| *lock(&gate));
+        }
+    }));
+    offer(&driver, &mut queue, 0, b"one");
+    offer(&driver, &mut queue, 2, b"two");
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| driver.notify(1));
+        wait_for(|| inside.load(Ordering::SeqCst) == 1);
+        offer(&driver, &mut queue, 4, b"three");
+        assert!(ring_if_asked(&driver, &queue, 3));
+        assert_eq!(counter.threads_of(b"three"), [thread::current().id()]);
+        *lock(&leave) = true;
+        serving.join().unwrap();
+    });
+    assert_eq!(queue.used_index(&driver.memory()), 3);
+}
+
+#[test]
+fn what_goes_wrong_after_a_reset_is_not_told_to_the_next_driver() {
+    let (counter, _device, driver) = machine(Dispatch::Auto);
+    let mut queue = start(&driver, 0);
+    let inside = Arc::new((Mutex::new(false), AtomicUsize::new(0)));
+    let gate = inside.clone();
+    *lock(&counter.hook) = Some(Arc::new(move || {
+        gate.1.fetch_add(1, Ordering::SeqCst);
+        wait_for(|| *lock(&gate.0));
+        panic!("as the test asks");
+    }));
+    offer(&driver, &mut queue, 0, b"now");
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| driver.notify(1));
+        wait_for(|| inside.1.load(Ordering::SeqCst) == 1);
+        let resetting = scope.spawn(|| driver.set_status(0));
+        thread::sleep(Duration::from_millis(20));
+        *lock(&inside.0) = true;
+        resetting.join().unwrap();
+        serving.join().unwrap();
+    });
+    driver.wait_until_reset();
+    *lock(&counter.hook) = None;
+    let mut queue = start(&driver, 0);
+    assert_eq!(driver.status() & 64, 0);
+    offer(&driver, &mut queue, 0, b"again");
+    driver.notify(1);
+    assert_eq!(queue.take_used(&driver.memory()), Some((0, 5)));
+}
