@@ -92,7 +92,7 @@ pub trait DaxWindow: Send + Sync {
 
     /// Does the same with the file that is mapped at `like`, for the same owner and with the same access, without
     /// asking the host anything about it. `None`, and nothing was done, when no such file is mapped there, or what is
-    /// to be mapped begins past its end, as far as that is known.
+    /// to be mapped ends past its end, as far as that is known.
     ///
     /// # Errors
     ///

@@ -587,7 +587,7 @@ impl DaxWindow for Window {
             mapping.owner == owner
                 && mapping.access == access(writable)
                 && !mapping.file.may_be_copied_up()
-                && file_offset < mapping.known_end
+                && file_offset.saturating_add(len) <= mapping.known_end
         })?;
         let mapping = Mapping { len, file_offset, shown: len, ..there.clone() };
         let checked = self.check_mapping(offset, len, file_offset);

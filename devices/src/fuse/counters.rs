@@ -73,6 +73,8 @@ pub struct Counters {
     pub errors: AtomicU64,
     /// Requests that did not even have the form of one, or of an unknown operation.
     pub malformed: AtomicU64,
+    /// Requests that were tried without waiting and took so long that those of their share were not for a while.
+    pub slow_at_once: AtomicU64,
     /// Bytes that READ put into guest memory.
     pub bytes_read: AtomicU64,
     /// Bytes that WRITE took from guest memory.
@@ -101,6 +103,7 @@ impl Default for Counters {
             operations: [const { Operation::new() }; CODES],
             errors: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
+            slow_at_once: AtomicU64::new(0),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
             dax_setups: AtomicU64::new(0),
@@ -184,6 +187,7 @@ impl Counters {
         let rest = [
             ("errors", &self.errors),
             ("malformed", &self.malformed),
+            ("slow_at_once", &self.slow_at_once),
             ("bytes_read", &self.bytes_read),
             ("bytes_written", &self.bytes_written),
             ("dax_setups", &self.dax_setups),

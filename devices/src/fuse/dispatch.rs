@@ -291,7 +291,7 @@ impl Session {
             }
             Opcode::Removemapping => {
                 let mappings = self.usable_mappings()?;
-                done(mappings.remove(&mut body, &self.counters))
+                done(mappings.remove(&mut body, &self.counters, caller.at_once))
             }
             Opcode::Getlk => {
                 let input: LkIn = body.take()?;

@@ -154,6 +154,12 @@ pub trait FileSystem: Send + Sync {
         false
     }
 
+    /// A request of a node that was to be served [`at_once`](Caller::at_once) took so long that the next ones should
+    /// not be for a while.
+    fn was_slow(&self, nodeid: u64) {
+        let _ = nodeid;
+    }
+
     /// A session begins or ends: drops every node but the root, and every handle. Node ids and handles that
     /// were given out before are never valid again. Requests may still be running; what they hold goes when
     /// they end. Idempotent.

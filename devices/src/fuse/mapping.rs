@@ -23,6 +23,19 @@ use crate::dax::DaxWindow;
 /// Granularity of offsets and lengths, in bytes: that which INIT names as `map_alignment`.
 const PAGE: u64 = 4096;
 
+/// The longest range that is mapped or taken away at once, in bytes: what the Linux guest asks for.
+const LONGEST_AT_ONCE: u64 = 2 << 20;
+
+/// So many ranges are taken away at once.
+const REMOVED_AT_ONCE: u32 = 16;
+
+/// # Errors
+///
+/// [`Errno::WOULD_WAIT`] for a range that is too long for who must not wait.
+fn check_len(at_once: bool, len: u64) -> Result<()> {
+    if at_once && len > LONGEST_AT_ONCE { Err(Errno::WOULD_WAIT) } else { Ok(()) }
+}
+
 /// What was mapped by one SETUPMAPPING, remembered for the counters.
 struct Mapped {
     len: u64,
@@ -154,6 +167,7 @@ impl Mappings {
             _ => return Err(Errno::INVAL),
         };
         let end = self.check(request.moffset, request.len)?;
+        check_len(caller.at_once, request.len)?;
         let file_end = request.foffset.checked_add(request.len);
         if !request.foffset.is_multiple_of(PAGE)
             || file_end.is_none_or(|file_end| file_end > i64::MAX as u64)
@@ -175,8 +189,16 @@ impl Mappings {
     }
 
     /// REMOVEMAPPING: every range is checked before any is taken away.
-    pub(super) fn remove(&self, decoder: &mut Decoder<'_>, counters: &Counters) -> Result<()> {
+    pub(super) fn remove(
+        &self,
+        decoder: &mut Decoder<'_>,
+        counters: &Counters,
+        at_once: bool,
+    ) -> Result<()> {
         let count = decoder.take::<RemovemappingIn>()?.count;
+        if at_once && count > REMOVED_AT_ONCE {
+            return Err(Errno::WOULD_WAIT);
+        }
         let mut ranges: SmallVec<[RemovemappingOne; 16]> = SmallVec::new();
         if count == 0 {
             return Err(Errno::INVAL);
@@ -185,6 +207,7 @@ impl Mappings {
             // Ends at the end of the body at the latest, whatever the count says.
             let one: RemovemappingOne = decoder.take()?;
             self.check(one.moffset, one.len)?;
+            check_len(at_once, one.len)?;
             ranges.push(one);
         }
         let mut state = self.state();

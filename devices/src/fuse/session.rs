@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::abi::{InHeader, InitFlags, InterruptIn};
+use super::abi::{BatchForgetIn, ForgetOne, InHeader, InitFlags, InterruptIn};
 use super::counters::Counters;
 use super::errno::{Errno, Result};
 use super::filesystem::FileSystem;
@@ -16,6 +16,13 @@ use super::reply::Reply;
 use super::request::{Body, Header, read_raw_header};
 use crate::dax::DaxWindow;
 use crate::memory::GuestBuffer;
+
+/// What takes longer than this was not served at once: some hundred times what such a request takes, and less than a
+/// person notices.
+const AT_ONCE: Duration = Duration::from_millis(50);
+
+/// So many nodes are forgotten at once.
+const FORGOTTEN_AT_ONCE: usize = 64;
 
 /// Serves the requests of a virtio-fs device's queues. Shared by all threads that do so.
 ///
@@ -120,14 +127,16 @@ impl Session {
                 return Some(Served::Done(reply.finish(Err(errno))));
             }
         };
-        if at_once && !self.may_be_tried(limits.opcode, header.raw.nodeid) {
+        if at_once && !self.may_be_tried(limits.opcode, &header) {
             return None;
         }
         let header = Header { at_once, ..header };
         if limits.answer == Answer::Never {
             self.counters.count(limits.opcode);
             self.unanswered(limits, &header, request);
-            self.counters.finish(limits.opcode, since.elapsed(), false);
+            let took = since.elapsed();
+            self.note_time(&header, took);
+            self.counters.finish(limits.opcode, took, false);
             return Some(Served::Done(0));
         }
         if !at_once {
@@ -138,6 +147,7 @@ impl Session {
             None => Err(Errno::INVAL),
         };
         if at_once {
+            self.note_time(&header, since.elapsed());
             // Who serves it then counts it.
             if matches!(result, Err(Errno::WOULD_WAIT)) {
                 return None;
@@ -159,8 +169,16 @@ impl Session {
         Some(Served::Done(used))
     }
 
+    /// What was tried without waiting took this long.
+    fn note_time(&self, header: &Header, took: Duration) {
+        if header.at_once && took > AT_ONCE {
+            Counters::add(&self.counters.slow_at_once, 1);
+            self.fs.was_slow(header.raw.nodeid);
+        }
+    }
+
     /// Whether a thread that must not wait may try a request. Most of those that it may are done then.
-    fn may_be_tried(&self, opcode: Opcode, nodeid: u64) -> bool {
+    fn may_be_tried(&self, opcode: Opcode, header: &Header) -> bool {
         // Before the replies after a repair the host is asked how long files are.
         if self.mappings.as_ref().is_some_and(Mappings::asks_the_host) {
             return false;
@@ -178,11 +196,18 @@ impl Session {
             | Opcode::CopyFileRange64
             | Opcode::Ioctl
             | Opcode::Setlkw => false,
+            // What has no name any more goes when it is closed, whatever its size.
+            Opcode::Release | Opcode::Releasedir => false,
             Opcode::Interrupt | Opcode::NotifyReply => true,
-            Opcode::Forget | Opcode::BatchForget => self.fs.all_answer_at_once(true),
+            Opcode::Forget => self.fs.all_answer_at_once(true),
+            Opcode::BatchForget => {
+                header.body
+                    <= size_of::<BatchForgetIn>() + FORGOTTEN_AT_ONCE * size_of::<ForgetOne>()
+                    && self.fs.all_answer_at_once(true)
+            }
             // Under the lock of the mappings files of all nodes are looked at.
             Opcode::Setupmapping | Opcode::Removemapping => self.fs.all_answer_at_once(false),
-            _ => self.fs.answers_at_once(nodeid),
+            _ => self.fs.answers_at_once(header.raw.nodeid),
         }
     }
 

@@ -1,6 +1,8 @@
+use std::sync::atomic::Ordering;
+
 use vm_memory::ByteValued;
 
-use super::Session;
+use super::{AT_ONCE, Header, Session};
 use crate::fuse::abi::*;
 use crate::fuse::opcode::{Answer, OPCODES, Opcode};
 use crate::fuse::testing::{EVERYTHING, Guest};
@@ -456,4 +458,19 @@ fn a_node_of_an_ended_session_is_not_mapped_in_the_next() {
     assert_eq!(guest.init(7, 40, EVERYTHING).error, 0);
     assert_eq!(guest.setup(node, 0, 4096, 2, 0).error, libc::ESTALE);
     assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 0);
+}
+
+#[test]
+fn what_was_tried_without_waiting_and_took_long_is_counted_and_not_tried_again_soon() {
+    let guest = Guest::without_init_in("/dev/shm", |_| {}, true);
+    assert_eq!(guest.init(7, MINOR, EVERYTHING).error, 0);
+    let raw = InHeader { nodeid: ROOT_ID, ..InHeader::default() };
+    let slow = || guest.session.counters().slow_at_once.load(Ordering::Relaxed);
+    let tried = || guest.at_once(Opcode::Lookup, ROOT_ID, &[b"none\0"]).is_some();
+    for (at_once, took, is_slow) in
+        [(true, AT_ONCE, false), (false, AT_ONCE * 2, false), (true, AT_ONCE * 2, true)]
+    {
+        guest.session.note_time(&Header { raw, body: 0, at_once }, took);
+        assert_eq!((slow(), tried()), (u64::from(is_slow), !is_slow));
+    }
 }

@@ -157,8 +157,8 @@ impl Share {
     pub(super) fn set_attributes(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
         // What is not known is not done, and must not look done.
         let valid = SetattrValid::from_bits(change.valid).ok_or(Errno::INVAL)?;
-        // As many blocks as the file has may have to be given back.
-        if caller.at_once && valid.contains(SetattrValid::SIZE) {
+        // As many blocks as the file has may have to be given back. And a capability is the thread's.
+        if caller.at_once && valid.intersects(SetattrValid::SIZE | SetattrValid::KILL_SUIDGID) {
             return Err(Errno::WOULD_WAIT);
         }
         let inode = self.inodes.get(caller.nodeid)?;

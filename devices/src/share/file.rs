@@ -86,6 +86,19 @@ impl Share {
         self.open_quietly(file, flags)
     }
 
+    /// Opens for the guest what nobody else holds a lease of (fcntl(2), F_SETLEASE), who would have to be waited for.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::WOULD_WAIT`] when somebody does.
+    pub(super) fn open_at_once(&self, file: &Held, flags: OFlags) -> Result<OwnedFd> {
+        // Means nothing else to a regular file (open(2)).
+        match self.open_for_guest(file, flags | OFlags::NONBLOCK) {
+            Err(Errno::AGAIN) => Err(Errno::WOULD_WAIT),
+            other => other,
+        }
+    }
+
     /// Opens a file. Reading from a share that is read-only leaves no trace, where the host allows that
     /// (`O_NOATIME` is for a file's owner and for root).
     fn open_quietly(&self, file: &Held, flags: OFlags) -> Result<OwnedFd> {
@@ -268,6 +281,10 @@ impl Share {
             libc::SEEK_HOLE => SeekFrom::Hole(request.offset),
             _ => return Err(Errno::INVAL),
         };
+        // Where the next hole is may take as long to find as the file is long.
+        if caller.at_once && matches!(from, SeekFrom::Data(_) | SeekFrom::Hole(_)) {
+            return Err(Errno::WOULD_WAIT);
+        }
         Ok(seek(&file.fd, from)?)
     }
 

@@ -42,14 +42,26 @@ impl FileSystem for Share {
     }
 
     fn answers_at_once(&self, nodeid: u64) -> bool {
+        // The way to what is mounted below may lead through any other mount.
+        let may_be_reached = |mount: &super::mount::Mount| mount.is_own() || self.all_are_near();
         let node = self.inodes.get(nodeid);
-        node.is_ok_and(|node| self.is_near(node.identity.mount.distance))
+        self.slow.is_over()
+            && node.is_ok_and(|node| {
+                let mount = &node.identity.mount;
+                self.is_near(mount.distance) && may_be_reached(mount)
+            })
     }
 
     fn all_answer_at_once(&self, forgetting: bool) -> bool {
-        // What has lost its last name goes when its node is forgotten, whatever its size.
-        (self.options.trust_file_systems || self.mounts.are_near())
-            && !(forgetting && self.inodes.keeps_any())
+        // What has lost its last name goes when its node is forgotten, whatever its size; and a large table may become
+        // a small one.
+        self.slow.is_over()
+            && self.all_are_near()
+            && !(forgetting && (self.inodes.keeps_any() || self.inodes.are_many()))
+    }
+
+    fn was_slow(&self, _nodeid: u64) {
+        self.slow.begin();
     }
 
     fn clear(&self) {

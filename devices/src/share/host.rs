@@ -68,25 +68,35 @@ pub(super) fn find(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     open_beneath(directory, name, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
 }
 
-/// The same, but not what is mounted there: the file systems of mounts need not answer soon.
+/// The same, but neither what is mounted there nor, when it is a path, through what is mounted on the way.
+///
+/// # Errors
+///
+/// `EXDEV` for what is mounted.
+fn find_within(directory: impl AsFd, path: &CStr) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW;
+    resolve(directory, path, flags, Mode::empty(), RESOLVE.union(ResolveFlags::NO_XDEV))
+}
+
+/// Finds `name` in `directory` for who must not wait: the file systems of mounts need not answer soon.
 ///
 /// # Errors
 ///
 /// [`Errno::WOULD_WAIT`] for what is mounted.
 pub(super) fn find_unmounted(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW;
-    resolve(directory, name, flags, Mode::empty(), RESOLVE.union(ResolveFlags::NO_XDEV)).map_err(
-        |errno| match errno {
-            Errno::XDEV => Errno::WOULD_WAIT,
-            other => other,
-        },
-    )
+    find_within(directory, name).map_err(|errno| match errno {
+        Errno::XDEV => Errno::WOULD_WAIT,
+        other => other,
+    })
 }
 
-/// Finds a file by the names that lead to it from `directory`: like [`find`], at each step.
+/// Finds a file by the names that lead to it from `directory`: like [`find`], at each step, but within one mount.
+///
+/// # Errors
+///
+/// `EXDEV` when something is mounted on the way.
 pub(super) fn find_path(directory: impl AsFd, names: &[u8]) -> Result<OwnedFd> {
-    let path = CString::new(names).map_err(|_| Errno::INVAL)?;
-    find(directory, &path)
+    find_within(directory, &CString::new(names).map_err(|_| Errno::INVAL)?)
 }
 
 /// A path of the file behind a descriptor, for system calls on attributes, which take no directory. None opens

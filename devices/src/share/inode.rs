@@ -408,6 +408,11 @@ impl Inodes {
         !self.read().kept.is_empty()
     }
 
+    /// Whether they take so much memory that forgetting some may give it back, which takes a while.
+    pub(super) fn are_many(&self) -> bool {
+        self.read().by_identity.capacity() >= MANY
+    }
+
     /// Holds it no longer: it has a name again.
     pub(super) fn release(&self, nodeid: u64) {
         if self.kept(nodeid).is_some() {

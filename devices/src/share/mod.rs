@@ -69,6 +69,7 @@ use host::Host;
 use inode::{Identity, Inodes};
 use locks::Locks;
 use mount::{Distance, Mounts};
+use near::Slow;
 use reach::Directories;
 
 use table::Numbers;
@@ -97,6 +98,7 @@ pub struct Share {
     /// For the descriptors that it holds itself.
     _own_descriptors: Permit,
     directories: Directories,
+    slow: Slow,
     /// Descriptors that are held for the guest: handles, files without a name, locks.
     descriptors: Arc<Budget>,
     /// Bytes of host memory that requests use while they are served: listings, values of attributes.
@@ -161,6 +163,7 @@ impl Share {
             inodes: Inodes::new(identity, numbers, common.nodes.clone())?,
             handles: Handles::new(common.handles.clone(), numbers, descriptors.clone()),
             directories: Directories::default(),
+            slow: Slow::default(),
             descriptors,
             buffers: common.buffers.clone(),
             mapped: common.mapped.clone(),

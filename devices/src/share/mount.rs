@@ -62,8 +62,30 @@ pub(super) enum Distance {
     Memory,
     /// On its disks.
     Disk,
-    /// Not known: another machine or another process may have to answer, and may not.
+    /// Not known: another machine or another process may have to answer, and may not. Or all that is changed is waited
+    /// for (a mount with `sync`).
     Unknown,
+}
+
+/// What is known of writes to the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Writes {
+    /// The file system may be able to say whether one would have to wait (`RWF_NOWAIT`).
+    Asked,
+    /// It cannot say so, but waits for little: ext4.
+    Short,
+    /// They wait for the disks whenever these have too much to do: ZFS.
+    Long,
+}
+
+impl Writes {
+    fn of(kind: u32) -> Self {
+        match kind {
+            0x0000_ef53 => Self::Short,
+            0x2fc1_2fc1 => Self::Long,
+            _ => Self::Asked,
+        }
+    }
 }
 
 impl Distance {
@@ -126,6 +148,7 @@ pub(super) struct Mount {
     /// It is of overlayfs: a file may be replaced by a copy that looks the same.
     pub(super) overlay: bool,
     pub(super) distance: Distance,
+    pub(super) writes: Writes,
     /// Its files are reached by their handles.
     handles: bool,
     /// For the mount that the shared directory itself is on, which the share holds anyway: the directory,
@@ -142,6 +165,12 @@ impl Mount {
         let (id, dev) = key(stat);
         let directory = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
         id == self.key.0 && (dev == self.key.1 || !directory)
+    }
+
+    /// Whether both are one mount of the host's, of which they may be two subvolumes. No, if the host has no numbers
+    /// for mounts.
+    pub(super) fn is_one_with(&self, other: &Self) -> bool {
+        self.key.0 == other.key.0 && self.key.0 != 0
     }
 
     /// Whether its nodes are reached by handles.
@@ -181,14 +210,18 @@ impl Mount {
     }
 
     fn new(host: &Host, fd: impl AsFd, stat: &Statx, handles: bool) -> Result<Self> {
-        let kind = fstatfs(&fd)?.f_type as u32;
+        let statfs = fstatfs(&fd)?;
+        let kind = statfs.f_type as u32;
+        // Mounted with `sync`: whatever is changed there is on the disk before it is answered.
+        let synchronous = statfs.f_flags as u64 & libc::ST_SYNCHRONOUS != 0;
         let directory = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
         let lasting = HANDLES_LAST.iter().any(|(magic, _)| *magic == kind);
         Ok(Self {
             key: key(stat),
             closed: pseudo::is_pseudo_type(kind),
             overlay: kind == OVERLAYFS,
-            distance: Distance::of(kind),
+            distance: if synchronous { Distance::Unknown } else { Distance::of(kind) },
+            writes: Writes::of(kind),
             // Where a single file is mounted, there is no directory to enter it by.
             handles: handles && lasting && directory && handles_work(host, fd, stat),
             own: None,

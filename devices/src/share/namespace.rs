@@ -326,7 +326,8 @@ impl Share {
         }
         let into = self.file(&directory)?;
         self.host.link(self.file(&inode)?, &into, name)?;
-        self.find_in(caller, &directory, into, name)
+        // What was done must not be done again: whatever the name is by now, it is not left to anybody else.
+        self.entry(&directory, Some(name), host::find(into, name)?, None)
     }
 
     pub(super) fn read_link(&self, caller: Caller) -> Result<Vec<u8>> {
@@ -448,7 +449,10 @@ impl Share {
         let fd = {
             let truncates = flags.contains(OFlags::TRUNC);
             let _kill = WithoutFsetid::when(kill && truncates)?;
-            let fd = self.open_for_guest(&self.file(inode)?, flags)?;
+            let fd = match caller.at_once {
+                false => self.open_for_guest(&self.file(inode)?, flags)?,
+                true => self.open_at_once(&self.file(inode)?, flags)?,
+            };
             if truncates {
                 self.drop_mapped_capability(&fd)?;
             }

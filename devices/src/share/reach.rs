@@ -158,8 +158,12 @@ impl Share {
             node = parent;
         };
         let mut here = Here { file: base, names: Vec::new() };
+        let mut above = node;
         for (node, place) in way.iter().rev() {
+            let crosses = !node.identity.mount.is_one_with(&above.identity.mount);
+            above = node.clone();
             match &node.identity.file {
+                Which::Named(_) if crosses => here.cross(place.name())?,
                 Which::Named(_) => here.step(place.name())?,
                 Which::Handle(handle) => {
                     here.resolve()?;
@@ -223,6 +227,15 @@ impl Here {
         Ok(())
     }
 
+    /// Into what is mounted under a name.
+    fn cross(&mut self, name: &std::ffi::CStr) -> Result<()> {
+        self.resolve()?;
+        self.file = Held::Own(host::find(&self.file, name).map_err(stale)?);
+        Ok(())
+    }
+
+    /// Within one mount. What the host has mounted on the way since is not what was found there, and whoever serves it
+    /// may never answer.
     fn resolve(&mut self) -> Result<()> {
         if !self.names.is_empty() {
             self.file = Held::Own(host::find_path(&self.file, &self.names).map_err(stale)?);

@@ -181,7 +181,16 @@ impl FileSystem for Tree {
 
     fn all_answer_at_once(&self, forgetting: bool) -> bool {
         let state = read(&self.state);
-        state.members.values().all(|member| member.share.all_answer_at_once(forgetting))
+        state.members.values().all(|member| {
+            // One that was removed goes with its last node.
+            !(forgetting && member.is_removed()) && member.share.all_answer_at_once(forgetting)
+        })
+    }
+
+    fn was_slow(&self, nodeid: u64) {
+        if let Ok(member) = self.member(nodeid) {
+            member.share.was_slow(nodeid);
+        }
     }
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {

@@ -86,8 +86,10 @@ fn names_attributes_and_data_in_memory_are_served_at_once() {
     guest.at_once(Opcode::Rename, ROOT_ID, &[rename.as_slice(), b"file\0new\0"]).unwrap().ok();
     let flush = FlushIn { fh, ..FlushIn::default() };
     guest.at_once(Opcode::Flush, node, &[flush.as_slice()]).unwrap().ok();
+    // Nobody knows what goes with it.
     let release = ReleaseIn { fh, ..ReleaseIn::default() };
-    guest.at_once(Opcode::Release, node, &[release.as_slice()]).unwrap().ok();
+    assert!(guest.at_once(Opcode::Release, node, &[release.as_slice()]).is_none());
+    guest.call(Opcode::Release, node, &[release.as_slice()]).ok();
     let setup = SetupmappingIn { fh: u64::MAX, len: 4096, flags: 2, ..SetupmappingIn::default() };
     guest.at_once(Opcode::Setupmapping, node, &[setup.as_slice()]).unwrap().ok();
     guest.at_once(Opcode::Unlink, ROOT_ID, &[b"new\0"]).unwrap().ok();
@@ -232,4 +234,161 @@ fn a_large_file_is_not_given_back_by_a_vcpu() {
     assert!(guest.at_once(Opcode::Unlink, ROOT_ID, &[b"large\0"]).is_none());
     assert!(guest.at_once(Opcode::Unlink, ROOT_ID, &[b"small\0"]).is_some());
     assert!(guest.path().join("large").exists());
+}
+
+#[test]
+fn what_is_mounted_below_something_far_is_not_looked_at_by_a_vcpu() {
+    let guest = in_memory();
+    let lower = tempfile::tempdir().unwrap();
+    std::fs::create_dir(lower.path().join("inner")).unwrap();
+    let Some(overlay) = Mounted::overlay(&guest.path().join("far"), lower.path()) else { return };
+    let inner = guest.path().join("far/inner");
+    rustix::mount::mount("tmpfs", &inner, "tmpfs", rustix::mount::MountFlags::empty(), None)
+        .unwrap();
+    std::fs::write(inner.join("file"), "x").unwrap();
+    let node = guest.node("far/inner/file");
+    let getattr = GetattrIn::default();
+    assert!(guest.at_once(Opcode::Getattr, node, &[getattr.as_slice()]).is_none());
+    assert_eq!(guest.call(Opcode::Getattr, node, &[getattr.as_slice()]).error, 0);
+    rustix::mount::unmount(&inner, rustix::mount::UnmountFlags::DETACH).unwrap();
+    drop(overlay);
+    // What is mounted from memory in memory is.
+    let Some(near) = Mounted::new(&guest.path().join("near"), "tmpfs") else { return };
+    let other = in_memory();
+    let Some(own) = Mounted::new(&other.path().join("near"), "tmpfs") else { return };
+    std::fs::write(own.path().join("file"), "x").unwrap();
+    let node = other.node("near/file");
+    assert!(other.at_once(Opcode::Getattr, node, &[getattr.as_slice()]).is_some());
+    drop((near, own));
+}
+
+#[test]
+fn what_is_mounted_over_the_way_to_a_file_is_not_gone_through() {
+    let guest = Guest::without_init_in("/dev/shm", |options| options.file_handles = false, true);
+    assert_eq!(guest.init(7, MINOR, EVERYTHING).error, 0);
+    let inner = guest.path().join("a/b");
+    std::fs::create_dir_all(&inner).unwrap();
+    std::fs::write(inner.join("file"), "x").unwrap();
+    let node = guest.node("a/b/file");
+    // The very file is there as well, by way of another mount.
+    if rustix::mount::mount_bind(&inner, &inner).is_err() {
+        return;
+    }
+    // No directory is held.
+    guest.share.directories.clear();
+    let found = guest.at_once(Opcode::Getattr, node, &[GetattrIn::default().as_slice()]);
+    assert_eq!(found.unwrap().error, libc::ESTALE);
+    rustix::mount::unmount(&inner, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let found = guest.at_once(Opcode::Getattr, node, &[GetattrIn::default().as_slice()]);
+    assert_eq!(found.unwrap().error, 0);
+}
+
+#[test]
+fn a_file_that_somebody_has_a_lease_of_is_opened_by_who_may_wait() {
+    let guest = in_memory();
+    std::fs::write(guest.path().join("file"), "x").unwrap();
+    let node = guest.node("file");
+    let open = OpenIn { flags: libc::O_RDWR as u32, fuse_flags: 0 };
+    let held = std::fs::File::open(guest.path().join("file")).unwrap();
+    assert!(lease(&held, libc::F_RDLCK));
+    assert!(guest.at_once(Opcode::Open, node, &[open.as_slice()]).is_none());
+    assert_eq!(guest.share.live_handles(), 0);
+    assert!(lease(&held, libc::F_UNLCK));
+    assert_eq!(guest.at_once(Opcode::Open, node, &[open.as_slice()]).unwrap().error, 0);
+}
+
+/// Takes a lease, and has it be told of by a signal that nobody minds, or gives it back.
+#[expect(unsafe_code, reason = "fcntl(2)")]
+fn lease(file: &std::fs::File, kind: i32) -> bool {
+    use std::os::fd::AsRawFd;
+    // `F_SETSIG` of linux/fcntl.h.
+    const F_SETSIG: i32 = 10;
+    // SAFETY: both take a number, and concern the file alone.
+    unsafe {
+        libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) == 0
+            && libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) == 0
+    }
+}
+
+#[test]
+fn a_write_to_a_part_of_a_page_is_left_alone_where_nobody_says_whether_it_would_wait() {
+    let Some(disk) = Disk::new("ext4", 512) else { return };
+    let guest = on_disk(&disk);
+    std::fs::write(guest.path().join("file"), [0; 10000]).unwrap();
+    let node = guest.node("file");
+    let fh = guest.fh(node, libc::O_RDWR);
+    let append = libc::O_APPEND as u32;
+    let cases = [
+        (0, 4096, 0, true),
+        (0, 8192, 0, true),
+        (10, 10, 0, false),
+        (4096, 10, 0, false),
+        (4096, 4097, 0, false),
+        (10000, 10, 0, true),
+        (100, 10, append, true),
+        (20000, 10, 0, true),
+    ];
+    for (offset, size, flags, served) in cases {
+        let body = WriteIn { fh, offset, size, flags, ..WriteIn::default() };
+        let data = vec![1; size as usize];
+        let done = guest.at_once(Opcode::Write, node, &[body.as_slice(), &data]);
+        assert_eq!(done.is_some(), served, "{offset} {size}");
+    }
+}
+
+#[test]
+fn only_so_much_is_mapped_taken_away_or_forgotten_at_once() {
+    let guest = in_memory();
+    std::fs::write(guest.path().join("file"), [1; 4096]).unwrap();
+    let node = guest.node("file");
+    let setup = |len| SetupmappingIn { fh: u64::MAX, len, flags: 2, ..SetupmappingIn::default() };
+    let map = |len| guest.at_once(Opcode::Setupmapping, node, &[setup(len).as_slice()]);
+    map(2 << 20).unwrap().ok();
+    assert!(map(4 << 20).is_none());
+    let remove = |count: u32, len| {
+        let one = RemovemappingOne { moffset: 0, len };
+        let ranges = one.as_slice().repeat(count as usize);
+        let head = RemovemappingIn { count };
+        guest.at_once(Opcode::Removemapping, node, &[head.as_slice(), &ranges])
+    };
+    assert!(remove(17, 4096).is_none());
+    assert!(remove(1, 4 << 20).is_none());
+    assert_eq!(guest.window.as_ref().unwrap().live_mappings(), 1);
+    remove(16, 2 << 20).unwrap().ok();
+    let forget = |count: u32| {
+        let one = ForgetOne { nodeid: node, nlookup: 0 };
+        let head = BatchForgetIn { count, dummy: 0 };
+        let all = one.as_slice().repeat(count as usize);
+        let mut frame = guest.frame(Opcode::BatchForget as u32, 0, &[head.as_slice(), &all]);
+        let mut none = [];
+        let request = crate::memory::GuestBuffer::from_slice(&mut frame);
+        let reply = crate::memory::GuestBuffer::from_slice(&mut none);
+        guest.session.serve_urgent_at_once(&request, &reply)
+    };
+    assert_eq!((forget(64), forget(65)), (Some(0), None));
+}
+
+#[test]
+fn a_hole_is_looked_for_by_who_may_wait() {
+    let guest = in_memory();
+    std::fs::write(guest.path().join("file"), [1; 4096]).unwrap();
+    let node = guest.node("file");
+    let fh = guest.fh(node, libc::O_RDONLY);
+    let seek = |whence: i32| {
+        let body = LseekIn { fh, whence: whence as u32, ..LseekIn::default() };
+        guest.at_once(Opcode::Lseek, node, &[body.as_slice()]).is_some()
+    };
+    let served = [libc::SEEK_SET, libc::SEEK_END, libc::SEEK_DATA, libc::SEEK_HOLE].map(seek);
+    assert_eq!(served, [true, true, false, false]);
+}
+
+#[test]
+fn a_share_that_was_slow_is_left_alone_for_a_while() {
+    use crate::fuse::FileSystem;
+    let guest = in_memory();
+    let looked_up = || guest.at_once(Opcode::Lookup, ROOT_ID, &[b"none\0"]).is_some();
+    assert!(looked_up());
+    guest.share.was_slow(ROOT_ID);
+    assert!(!looked_up());
+    assert!(!guest.share.all_answer_at_once(false));
 }
