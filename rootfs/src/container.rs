@@ -28,6 +28,21 @@ pub struct Container {
     pub domain_name: Option<String>,
 }
 
+/// The file of the kernel parameter that sysctl(8) calls `name`, and none for what is no such name. The first separator
+/// in it, `.` or `/`, is the one between its parts, and the other is part of them: of `net.ipv4.conf.eth0/1.forwarding`
+/// the interface is `eth0.1`.
+pub fn sysctl_path(name: &str) -> Option<String> {
+    let dots = name.chars().find(|letter| matches!(letter, '.' | '/')) == Some('.');
+    let swapped = name.chars().map(|letter| match letter {
+        '.' if dots => '/',
+        '/' if dots => '.',
+        letter => letter,
+    });
+    let path: String = swapped.collect();
+    let wrong = |part: &str| matches!(part, "" | "." | "..") || part.contains('\0');
+    (!path.split('/').any(wrong)).then(|| format!("/proc/sys/{path}"))
+}
+
 /// A mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
@@ -97,4 +112,36 @@ pub struct Capabilities {
     pub inheritable: u64,
     /// What all programs inherit.
     pub ambient: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_parameter_is_found_as_sysctl_finds_it_and_nothing_else_is() {
+        for (name, path) in [
+            ("kernel.msgmax", "/proc/sys/kernel/msgmax"),
+            ("kernel/msgmax", "/proc/sys/kernel/msgmax"),
+            ("net.ipv4.conf.eth0/1.forwarding", "/proc/sys/net/ipv4/conf/eth0.1/forwarding"),
+            ("net/ipv4/conf/eth0.1/forwarding", "/proc/sys/net/ipv4/conf/eth0.1/forwarding"),
+        ] {
+            assert_eq!(sysctl_path(name).as_deref(), Some(path));
+        }
+        for name in [
+            "",
+            ".",
+            "..",
+            "/kernel/msgmax",
+            ".kernel.msgmax",
+            "kernel..msgmax",
+            "kernel/../../self/mem",
+            "kernel.//.//.self.mem",
+            "kernel./.msgmax",
+            "kernel.msgmax.",
+            "kernel.msg\0max",
+        ] {
+            assert_eq!(sysctl_path(name), None, "{name:?}");
+        }
+    }
 }

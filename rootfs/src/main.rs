@@ -129,6 +129,13 @@ fn run(messages: &mut Port) -> Result<Result<u8, Refusal>> {
         _ => mounts::further(),
     }
     mounts::shares(&config.shares)?;
+    let cwd = &config.process.cwd;
+    if let Some(container) = &config.container {
+        // As runc has it.
+        fs::create_dir_all(cwd)
+            .with_context(|| format!("cannot create the working directory {cwd}"))?;
+        surroundings::close(container)?;
+    }
     rustix::system::sethostname(config.hostname.as_bytes())
         .with_context(|| format!("cannot set the host name to {:?}", config.hostname))?;
     if let Err(error) = sys::loopback_up() {
@@ -136,12 +143,6 @@ fn run(messages: &mut Port) -> Result<Result<u8, Refusal>> {
     }
     let ids = users::of(&config.process)?;
     // Now, and not in the child: a failure there could not be told from the command's own.
-    let cwd = &config.process.cwd;
-    if config.container.is_some() {
-        // As runc has it.
-        fs::create_dir_all(cwd)
-            .with_context(|| format!("cannot create the working directory {cwd}"))?;
-    }
     std::env::set_current_dir(cwd)
         .with_context(|| format!("cannot enter the working directory {cwd}"))?;
     let children = Children::start().context("cannot start a thread")?;

@@ -3,11 +3,11 @@
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use oriel_init::container::{Container, FILES_DIR, Mount, What};
+use oriel_init::container::{Container, FILES_DIR, Mount, What, sysctl_path};
 use rustix::fs::{CWD, FileType, Mode, StatVfsMountFlags, makedev, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags};
@@ -54,20 +54,25 @@ impl Files {
     }
 }
 
-/// Makes `container`'s surroundings in the root. Nothing needs anything of the host's after that: what is in /dev,
-/// /proc and /sys may be hidden.
+/// Makes `container`'s surroundings in the root, where mount points and directories can still be made: see [`close`].
 pub(crate) fn make(container: &Container, files: &Files) -> Result<()> {
     for mount in &container.mounts {
         make_mount(mount, files).with_context(|| format!("cannot mount at {}", mount.path))?;
     }
     for (name, value) in &container.sysctls {
-        let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+        let path = sysctl_path(name).with_context(|| format!("{name:?} is no sysctl's name"))?;
         fs::write(path, value).with_context(|| format!("cannot set sysctl {name} to {value:?}"))?;
     }
     if let Some(name) = &container.domain_name {
         rustix::system::setdomainname(name.as_bytes())
             .with_context(|| format!("cannot set the domain name to {name:?}"))?;
     }
+    Ok(())
+}
+
+/// Hides and protects what `container`'s commands are not to see or change, once all that they have is there. Nothing
+/// needs anything of the host's after that: what is in /dev, /proc and /sys may be hidden.
+pub(crate) fn close(container: &Container) -> Result<()> {
     for path in &container.masked {
         unless_absent(mask(path)).with_context(|| format!("cannot hide {path}"))?;
     }
@@ -107,7 +112,7 @@ fn make_mount(mount: &Mount, files: &Files) -> Result<()> {
             if let Some(parent) = Path::new(path).parent() {
                 fs::create_dir_all(parent)?;
             }
-            OpenOptions::new().append(true).create(true).open(path)?;
+            make_file(path)?;
             let empty =
                 MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
             rustix::mount::move_mount(file.as_fd(), "", CWD, path, empty)?;
@@ -117,6 +122,20 @@ fn make_mount(mount: &Mount, files: &Files) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes a file at `path`, or where a link there leads, unless something is there. That is not opened: it may be a
+/// FIFO, which has its writer wait, or a file that cannot be written to.
+fn make_file(path: &str) -> std::io::Result<()> {
+    match fs::metadata(path) {
+        Ok(_) => Ok(()),
+        // Not waiting is for what somebody else has put there since.
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let mut options = OpenOptions::new();
+            options.append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path).map(drop)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// A fresh /dev has nothing in it.
@@ -169,5 +188,28 @@ fn unless_absent(result: std::io::Result<()>) -> std::io::Result<()> {
             Ok(())
         }
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_made_where_nothing_is_and_nothing_is_opened_where_something_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        make_file(&path("new")).unwrap();
+        assert!(fs::metadata(path("new")).unwrap().is_file());
+        fs::write(path("there"), "contents").unwrap();
+        make_file(&path("there")).unwrap();
+        assert_eq!(fs::read(path("there")).unwrap(), b"contents");
+        symlink("elsewhere", path("link")).unwrap();
+        make_file(&path("link")).unwrap();
+        assert!(fs::metadata(path("elsewhere")).unwrap().is_file());
+        // Without a reader, to open it for writing would wait for ever.
+        mknodat(CWD, path("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        make_file(&path("fifo")).unwrap();
+        assert!(make_file(&path("there/below")).is_err());
     }
 }

@@ -60,6 +60,7 @@ pub use options::{
 
 pub use common::Common;
 pub(crate) use common::NUMBER_BITS;
+pub use pseudo::is_pseudo;
 
 use crate::dax::Policy;
 use budget::{Budget, Permit};

@@ -42,7 +42,7 @@ const PSEUDO: &[(u32, &str)] = &[
 /// # Errors
 ///
 /// The host's.
-pub(super) fn is_pseudo(fd: impl AsFd) -> Result<bool> {
+pub fn is_pseudo(fd: impl AsFd) -> Result<bool> {
     Ok(is_pseudo_type(fstatfs(fd)?.f_type as u32))
 }
 

@@ -95,7 +95,7 @@ impl Bundle {
 
 #[test]
 fn a_bundle_as_runc_makes_it_runs() {
-    let bundle = Bundle::new(
+    let mut bundle = Bundle::new(
         r#"
         echo "id=$(id -u):$(id -g)"
         echo "caps=$(grep CapBnd /proc/self/status | cut -f2) $(grep CapEff /proc/self/status | cut -f2)"
@@ -103,6 +103,8 @@ fn a_bundle_as_runc_makes_it_runs() {
         echo "files=$(ulimit -n) $(ulimit -Hn)"
         echo "host=$(hostname)"
         echo "home=$HOME"
+        echo "cwd=$(pwd)"
+        echo "work=$(cat /work/new/file)"
         echo "write=$( (touch /new) 2>&1 | grep -c 'Read-only')"
         echo "null=$(stat -c '%a %F' /dev/null)"
         echo "zero=$(head -c 3 /dev/zero | wc -c)"
@@ -122,7 +124,11 @@ fn a_bundle_as_runc_makes_it_runs() {
         std::os::unix::fs::symlink("busybox", bundle.tree.path(&format!("rootfs/bin/{name}")))
             .unwrap();
     }
-    let outcome = bundle.finish(&[]);
+    bundle.config["process"]["cwd"] = json!("/some/where");
+    fs::create_dir(bundle.tree.path("shared")).unwrap();
+    bundle.tree.write("shared/file", b"shared");
+    let share = format!("{}:/work/new", text(&bundle.tree.path("shared")));
+    let outcome = bundle.finish(&["-v", &share]);
     outcome.exits_with(7).guest_says(&[
         ("id", "0:0", "process.user"),
         ("caps", "0000000020000420 0000000020000420", "process.capabilities"),
@@ -130,6 +136,8 @@ fn a_bundle_as_runc_makes_it_runs() {
         ("files", "1024 1024", "process.rlimits"),
         ("host", "runc", "hostname"),
         ("home", "/root", "HOME is the user's"),
+        ("cwd", "/some/where", "process.cwd, which is made in a root that is read-only"),
+        ("work", "shared", "a share of the user's, at a mount point that is made"),
         ("write", "1", "root.readonly"),
         ("null", "666 character special file", "a device of every container"),
         ("zero", "3", "that works"),
@@ -168,6 +176,7 @@ fn a_bundle_has_its_directories_files_users_and_kernel_parameters() {
         echo more >>/etc/resolv.conf
         echo "written=$(cat /etc/resolv.conf | tr '\n' ,)"
         echo "max=$(cat /proc/sys/kernel/msgmax)"
+        echo "forwarding=$(cat /proc/sys/net/ipv4/conf/lo/forwarding)"
         echo "domain=$(cat /proc/sys/kernel/domainname)"
         echo "caps=$(grep CapEff /proc/self/status | cut -f2) $(grep CapAmb /proc/self/status | cut -f2)"
         "#,
@@ -202,9 +211,19 @@ fn a_bundle_has_its_directories_files_users_and_kernel_parameters() {
         "bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"],
         "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"]
     });
-    bundle.config["linux"]["sysctl"] = json!({ "kernel.msgmax": "65536" });
+    bundle.config["linux"]["sysctl"] =
+        json!({ "kernel.msgmax": "65536", "net/ipv4/conf/lo/forwarding": "1" });
     bundle.config["domainname"] = json!("example");
     bundle.tree.write("rootfs/etc/resolv.conf", b"");
+    let fifo = bundle.tree.path("rootfs/etc/hosts");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::from_raw_mode(0o600),
+        0,
+    )
+    .unwrap();
     let outcome = bundle.finish(&[]);
     outcome.exits_with(0).guest_says(&[
         (
@@ -220,10 +239,11 @@ fn a_bundle_has_its_directories_files_users_and_kernel_parameters() {
         ("ro", "1", "ro"),
         ("made", "yes", "the other one can be written to"),
         ("suid", "1", "flags of a bind mount"),
-        ("hosts", "127.0.0.1 here", "a file of the host"),
+        ("hosts", "127.0.0.1 here", "a file of the host, over a FIFO that nobody opens"),
         ("denied", "1", "which nobody can change"),
         ("written", "nameserver ::1,more,", "a copy of a file, its owner's"),
         ("max", "65536", "linux.sysctl"),
+        ("forwarding", "1", "linux.sysctl, with the other separator"),
         ("domain", "example", "domainname"),
         ("caps", "0000000000000020 0000000000000020", "capabilities of a user"),
     ]);
@@ -256,7 +276,9 @@ fn a_bundle_has_a_terminal_further_commands_and_an_end() {
         Oriel::command(args).env("XDG_RUNTIME_DIR", runtime.path()).timeout(SLOW).finish()
     };
     let run = bundle.describe(&["-d", "--name", &name]).default_console();
-    let outcome = run.env("XDG_RUNTIME_DIR", runtime.path()).finish();
+    // The mark is somebody else's: it detaches all the same.
+    let run = run.env("XDG_RUNTIME_DIR", runtime.path()).env("ORIEL_DETACHED", "1");
+    let outcome = run.finish();
     outcome.exits_with(0);
     assert_eq!(outcome.text(), format!("{name}\n"));
     let outcome = oriel(&["exec", &name, "sh", "-c", "grep CapEff /proc/self/status; ulimit -n"]);

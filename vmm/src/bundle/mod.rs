@@ -12,9 +12,9 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use devices::share::IdRange;
+use devices::share::{GidMap, HostGid, HostUid, IdRange, UidMap};
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Root};
-use oriel_init::container::{Confinement, Container, Mount, What};
+use oriel_init::container::{Confinement, Container, Mount, What, sysctl_path};
 use oriel_init::initramfs::FileCopy;
 use oriel_init::protocol::Share;
 use serde::de::DeserializeOwned;
@@ -37,8 +37,12 @@ pub struct Bundle {
     bound: Vec<Bound>,
     /// The last so many shares are the bundle's.
     binds: usize,
-    /// Files that the guest has copies of.
-    pub files: Vec<FileCopy>,
+    /// Files that the guest has copies of, with the ids that they have on the host.
+    files: Vec<FileCopy>,
+    /// Which users of the guest are which of the host, in its shares as in its files.
+    pub uid_map: Vec<IdRange>,
+    /// And groups.
+    pub gid_map: Vec<IdRange>,
     /// What its command may do.
     pub confinement: Confinement,
 }
@@ -47,6 +51,16 @@ impl Bundle {
     /// How many of the last shares are mounted by [`container`](Self::container), and by nobody else.
     pub fn binds(&self) -> usize {
         self.binds
+    }
+
+    /// Files that the guest has copies of, as they are owned there.
+    pub fn files(&self, uids: &UidMap, gids: &GidMap) -> Vec<FileCopy> {
+        let files = self.files.iter().cloned().map(|file| FileCopy {
+            uid: uids.to_guest(HostUid(file.uid)).0,
+            gid: gids.to_guest(HostGid(file.gid)).0,
+            ..file
+        });
+        files.collect()
     }
 
     /// What the guest is told, whose `binds` are these.
@@ -104,13 +118,15 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
         Err(error) => bail!("config.json: root.path: {shown:?}: {error}; unpack the image there"),
     }
     let mounts: Vec<Value> = config.top("mounts")?;
+    let beside = args.shares.len() + usize::from(args.live.is_some());
     let Mounts { bound, shares, files } =
-        mounts::plan(directory, mounts, &options, &mut warnings).context("config.json")?;
+        mounts::plan(directory, mounts, &options, beside, &mut warnings).context("config.json")?;
     for line in warnings {
         log::warn!("--bundle {}: config.json: {line}", directory.display());
     }
     let read_only_root = root.readonly().unwrap_or(false);
     // Mount points are made in it all the same, in the guest's memory.
+    let (uid_map, gid_map) = (options.uid_map.clone(), options.gid_map.clone());
     let options = ShareOptions { overlay: read_only_root, ..options };
     args.root = Some(RootArg { host: rootfs, options });
     let name = |field| -> Result<Option<String>> {
@@ -125,9 +141,13 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
     if let Some(name) = name("hostname")? {
         args.hostname = name;
     }
+    let sysctls: BTreeMap<String, String> = config.inner("linux", "sysctl")?.unwrap_or_default();
+    if let Some(wrong) = sysctls.keys().find(|name| sysctl_path(name).is_none()) {
+        bail!("config.json: linux.sysctl: {wrong:?}: write a name such as net.ipv4.ip_forward");
+    }
     let container = Container {
         mounts: Vec::new(),
-        sysctls: config.inner::<BTreeMap<_, _>>("linux", "sysctl")?.unwrap_or_default(),
+        sysctls,
         masked: config.list("linux", "maskedPaths")?,
         read_only: config.list("linux", "readonlyPaths")?,
         read_only_root,
@@ -140,7 +160,7 @@ fn read(args: &RunArgs, directory: &Path) -> Result<RunArgs> {
     let binds = shares.len();
     args.shares.extend(shares);
     let confinement = process.confinement;
-    args.container = Some(Bundle { container, bound, binds, files, confinement });
+    args.container = Some(Bundle { container, bound, binds, files, uid_map, gid_map, confinement });
     Ok(args)
 }
 

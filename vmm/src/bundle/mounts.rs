@@ -1,11 +1,12 @@
 //! The mounts of a bundle: file systems of the guest's kernel, directories of the host, and files of the host.
 
-use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::fs::{self, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use devices::share::IdRange;
+use devices::share::is_pseudo;
 use oci_spec::runtime::Mount;
 use oriel_init::container;
 use oriel_init::initramfs::FileCopy;
@@ -17,11 +18,8 @@ use crate::cli::{ShareArg, ShareOptions};
 /// The largest file that the guest has a copy of: it is in the guest's memory, twice while it boots.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Each directory is a device, of which PCI takes 32; some are the machine's own.
+/// Each directory is a device, of which PCI takes 32; some are the machine's own. The user's shares count.
 const MAX_SHARES: usize = 24;
-
-/// Who owns what belongs to nobody that the guest knows: Linux's overflow id.
-const NOBODY: u32 = 65534;
 
 /// Of how many files there are copies.
 const MAX_FILES: usize = 64;
@@ -79,7 +77,7 @@ pub struct Mounts {
     pub bound: Vec<Bound>,
     /// Directories of the host.
     pub shares: Vec<ShareArg>,
-    /// Copies of files of the host.
+    /// Copies of files of the host, with the ids that they have there.
     pub files: Vec<FileCopy>,
 }
 
@@ -112,7 +110,7 @@ struct Options {
     own: Vec<String>,
 }
 
-/// Plans `mounts` of the bundle in `directory`. Shares have these `options`.
+/// Plans `mounts` of the bundle in `directory`. Shares have these `options`, and there are `beside` others.
 ///
 /// # Errors
 ///
@@ -121,6 +119,7 @@ pub fn plan(
     directory: &Path,
     mounts: Vec<Value>,
     options: &ShareOptions,
+    beside: usize,
     warnings: &mut Vec<String>,
 ) -> Result<Mounts> {
     let mut planned = Mounts { bound: Vec::new(), shares: Vec::new(), files: Vec::new() };
@@ -131,6 +130,14 @@ pub fn plan(
         let path = destination(mount.destination()).with_context(|| name.clone())?;
         let name = format!("{name} ({path})");
         planned.add(directory, &mount, path, options, &name, warnings).context(name.clone())?;
+        if let Some(Bound { what: What::Share(index), .. }) = planned.bound.last()
+            && index + beside >= MAX_SHARES
+        {
+            bail!(
+                "{name}: source: there are {MAX_SHARES} directories already, the most, those of --share included; \
+                 bind one that holds several"
+            );
+        }
     }
     Ok(planned)
 }
@@ -201,36 +208,31 @@ impl Mounts {
                     "{name}: what is mounted below {source:?} comes along, as with rbind"
                 ));
             }
-            if self.shares.len() == MAX_SHARES {
-                bail!(
-                    "source: {source:?}: there are {MAX_SHARES} directories already, the most; bind one that holds several"
-                );
-            }
             let mut shared = shared.clone();
             shared.read_only = options.flags.contains(MountFlags::RDONLY);
             self.shares.push(ShareArg { host, guest: path.clone(), options: shared });
             What::Share(self.shares.len() - 1)
         } else if metadata.is_file() {
-            if metadata.len() > MAX_FILE || self.files.len() == MAX_FILES {
+            let bytes = read(&host).with_context(|| format!("source: {source:?}"))?;
+            let Some(bytes) = bytes.filter(|_| self.files.len() < MAX_FILES) else {
                 bail!(
                     "source: {source:?}: of a file the guest has a copy, and it takes {MAX_FILES} of {} MiB; share \
                      the directory that it is in",
                     MAX_FILE >> 20
                 );
-            }
+            };
             if !options.flags.contains(MountFlags::RDONLY) {
                 warnings.push(format!(
                     "{name}: source: {source:?}: the guest has a copy of the file, and what it writes there stays in it"
                 ));
             }
-            let bytes = fs::read(&host).map_err(|error| anyhow!("source: {source:?}: {error}"))?;
             let file = self.files.len().to_string();
             self.files.push(FileCopy {
                 name: file.clone(),
                 bytes,
                 mode: metadata.mode() & 0o7777,
-                uid: in_guest(metadata.uid(), &shared.uid_map),
-                gid: in_guest(metadata.gid(), &shared.gid_map),
+                uid: metadata.uid(),
+                gid: metadata.gid(),
             });
             What::Other(container::What::File(file))
         } else {
@@ -293,13 +295,19 @@ impl Options {
     }
 }
 
-/// Whose a file of the host's is in the guest, where ids are mapped.
-fn in_guest(id: u32, ranges: &[IdRange]) -> u32 {
-    let place = |range: &IdRange| {
-        let place = id.checked_sub(range.host).filter(|place| *place < range.count)?;
-        range.guest.checked_add(place)
-    };
-    if ranges.is_empty() { id } else { ranges.iter().find_map(place).unwrap_or(NOBODY) }
+/// What is in the file at `host`; `None` when that is more than [`MAX_FILE`], whatever size the file says it has.
+///
+/// # Errors
+///
+/// The host's; that it is a file of an interface of its kernel, where a read may wait for ever.
+fn read(host: &Path) -> Result<Option<Vec<u8>>> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(host)?;
+    if is_pseudo(&file)? {
+        bail!("is the host kernel's own (proc, sysfs, …), and no file; leave the mount");
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    Ok((bytes.len() as u64 <= MAX_FILE).then_some(bytes))
 }
 
 /// What is the kernel's on the host is the guest kernel's in the guest.

@@ -310,6 +310,14 @@ fn what_cannot_be_run_is_refused_in_a_line_that_names_the_field_and_the_remedy()
         (mount(bind("socket")), &["mounts[3] (/x)", "a socket"]),
         (mount(bind("/dev/null")), &["mounts[3] (/x)", "a device"]),
         (mount(bind("large")), &["mounts[3] (/x)", "1 MiB"]),
+        // A read of the first would wait for the kernel's next word, and no size tells.
+        (mount(bind("/proc/kmsg")), &["mounts[3] (/x)", "/proc/kmsg", "kernel's own"]),
+        (mount(bind("/proc/self/maps")), &["mounts[3] (/x)", "kernel's own"]),
+        (
+            with(runc(), "/linux/sysctl", json!({ "kernel/../../self/oom_score_adj": "0" })),
+            &["linux.sysctl", "kernel/../../self"],
+        ),
+        (with(runc(), "/linux/sysctl", json!({ "/etc/x": "0" })), &["linux.sysctl", "/etc/x"]),
         (
             mount(
                 json!({ "destination": "/x", "type": "bind", "source": "rootfs", "options": ["idmap"] }),
@@ -453,4 +461,48 @@ fn what_the_kernel_shows_of_itself_is_the_guests_own() {
     assert!(args.shares.is_empty());
     let mounts = args.container.unwrap().container(&[]).mounts;
     assert!(matches!(&mounts[3].what, What::Kernel { kind, .. } if kind == "sysfs"));
+}
+
+#[test]
+fn a_file_has_the_owner_in_the_guest_that_it_would_have_in_a_share() {
+    let mut config = with(
+        runc(),
+        "/mounts/-",
+        json!({ "destination": "/x", "type": "bind", "source": "hosts", "options": ["ro"] }),
+    );
+    config["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100000, "size": 10 }]);
+    let directory = bundle(&config);
+    fs::write(directory.path().join("hosts"), "").unwrap();
+    std::os::unix::fs::chown(directory.path().join("hosts"), Some(100_005), Some(1000)).unwrap();
+    let bundle = load(&args(), directory.path()).unwrap().container.unwrap();
+    let owner = |uids: &UidMap, gids: &GidMap| {
+        let files = bundle.files(uids, gids);
+        (files[0].uid, files[0].gid)
+    };
+    assert_eq!(owner(&UidMap::same(), &GidMap::same()), (100_005, 1000));
+    let ranges = UidMap::of_ranges(&bundle.uid_map).unwrap();
+    assert!(bundle.gid_map.is_empty());
+    assert_eq!(owner(&ranges, &GidMap::as_root(HostGid(1000))), (5, 0));
+    let others = GidMap::of_ranges(&[IdRange { guest: 0, host: 7, count: 1 }]).unwrap();
+    assert_eq!(owner(&UidMap::as_root(HostUid(1)), &others), (100_005, 65534));
+}
+
+#[test]
+fn the_users_shares_count_among_the_directories_that_there_can_be() {
+    let mut config = runc();
+    for number in 0..23 {
+        let destination = format!("/x{number}");
+        let bind = json!({ "destination": destination, "type": "bind", "source": "rootfs" });
+        config = with(config, "/mounts/-", bind);
+    }
+    let directory = bundle(&config);
+    let load = |words: &[&str]| {
+        let args = Wrapper::parse_from([&["run"], words].concat()).args;
+        load(&args, directory.path())
+    };
+    assert_eq!(load(&["-v", "/tmp:/t"]).unwrap().shares.len(), 24);
+    for words in [&["-v", "/tmp:/t", "-v", "/tmp:/u"][..], &["-v", "/tmp:/t", "--shares", "/u"]] {
+        let error = format!("{:#}", load(words).err().unwrap());
+        assert!(error.contains("mounts[25] (/x22)") && error.contains("--share"), "{error}");
+    }
 }

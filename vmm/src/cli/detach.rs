@@ -1,5 +1,6 @@
 //! `oriel run --detach`: the sandbox becomes a process of its own, and this one ends once its command runs.
 
+use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -8,18 +9,25 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+    Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal,
+    set_parent_process_death_signal,
 };
 
 use super::STATUS_SANDBOX;
 use crate::signals::{Signals, status_of};
 
-/// In the environment of the process that is the sandbox.
+/// In the environment of the process that is the sandbox: the process id of the one that has started it, which no user's
+/// own environment has.
 const MARK: &str = "ORIEL_DETACHED";
 
 /// Whether this process is the sandbox, and nobody waits for it once it runs.
 pub fn is_sandbox() -> bool {
-    std::env::var_os(MARK).is_some()
+    is_marked_by(std::env::var_os(MARK).as_deref(), getppid())
+}
+
+fn is_marked_by(mark: Option<&OsStr>, parent: Option<Pid>) -> bool {
+    let mark = mark.and_then(OsStr::to_str).and_then(|mark| mark.parse().ok());
+    mark.is_some() && mark == parent.map(Pid::as_raw_pid)
 }
 
 /// Starts this program again, to be the sandbox, and waits until its command runs: then the name is printed. The
@@ -31,7 +39,10 @@ pub fn is_sandbox() -> bool {
 pub fn start() -> Result<u8> {
     let mut words = std::env::args_os();
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(words.next().unwrap_or_else(|| "oriel".into())).args(words).env(MARK, "1");
+    command
+        .arg0(words.next().unwrap_or_else(|| "oriel".into()))
+        .args(words)
+        .env(MARK, std::process::id().to_string());
     // What it says of its failure goes where we would say it.
     let mut sandbox = command
         .stdin(Stdio::null())
@@ -113,5 +124,22 @@ impl Release {
         rustix::stdio::dup2_stdout(&self.null)?;
         rustix::stdio::dup2_stderr(&self.null)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_process_that_was_started_to_be_the_sandbox_is_it() {
+        let parent = Pid::from_raw(77);
+        assert!(is_marked_by(Some(OsStr::new("77")), parent));
+        for mark in ["", "1", "7", "-77", "077x", "yes"] {
+            assert!(!is_marked_by(Some(OsStr::new(mark)), parent), "{mark}");
+        }
+        assert!(!is_marked_by(None, parent));
+        assert!(!is_marked_by(None, None));
+        assert!(!is_marked_by(Some(OsStr::new("77")), None));
     }
 }

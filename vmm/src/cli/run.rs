@@ -1,6 +1,6 @@
 //! `oriel run`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -250,7 +250,11 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         detach::leave_session()?;
     }
     match &args.bundle {
-        Some(directory) => sandbox::run(&bundle::load(args, directory)?),
+        Some(directory) => {
+            let args = bundle::load(args, directory)?;
+            check_places(&args)?;
+            sandbox::run(&args)
+        }
         None => sandbox::run(args),
     }
 }
@@ -297,13 +301,22 @@ fn check(args: &RunArgs) -> Result<(), UsageError> {
             "--root …,overlay: only Oriel's own init makes the overlay; leave --initrd".into(),
         );
     }
-    let mut paths: Vec<&str> = Vec::new();
+    check_places(args)
+}
+
+/// Whether the user's shares hide one another, or one of the bundle. A bundle may mount one over the other itself.
+fn check_places(args: &RunArgs) -> Result<(), UsageError> {
+    let binds = args.container.as_ref().map_or(0, Bundle::binds);
+    let (own, bundled) = args.shares.split_at(args.shares.len().saturating_sub(binds));
+    let mut taken: Vec<_> = bundled.iter().map(|share| Path::new(&share.guest)).collect();
     let live = args.live.iter().map(|live| live.guest.as_str());
-    for path in args.shares.iter().map(|share| share.guest.as_str()).chain(live) {
-        if paths.contains(&path) {
-            return usage(format!("--share …:{path}: two shares are mounted there; move one"));
+    for path in own.iter().map(|share| share.guest.as_str()).chain(live) {
+        if taken.contains(&Path::new(path)) {
+            return Err(UsageError(format!(
+                "--share …:{path}: two shares are mounted there; move one"
+            )));
         }
-        paths.push(path);
+        taken.push(Path::new(path));
     }
     Ok(())
 }
@@ -350,12 +363,33 @@ mod tests {
             (&["--initrd-modules", "make"], "--initrd FILE"),
             (&["--initrd", "none", "--root", "/:overlay"], "overlay"),
             (&["-v", "/a:/x", "-v", "/b:/x"], "/x"),
+            (&["-v", "/a:/x", "-v", "/b:/x/"], "/x"),
             (&["-v", "/a:/x", "--shares", "/x"], "/x"),
             (&["-d", "-i", "--name", "x"], "--interactive"),
             (&["-d", "--name", "x", "--console", "stdout"], "--console"),
         ] {
             let error = check(&parse(words).unwrap()).unwrap_err();
             assert!(error.0.contains(hint), "{}", error.0);
+        }
+    }
+    #[test]
+    fn a_share_of_the_users_does_not_hide_one_of_the_bundle() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("rootfs")).unwrap();
+        let bind =
+            serde_json::json!({ "destination": "/data", "type": "bind", "source": "rootfs" });
+        let config = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["true"], "cwd": "/" },
+            "root": { "path": "rootfs" },
+            "mounts": [bind, bind]
+        });
+        std::fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
+        let load = |words: &[&str]| bundle::load(&parse(words).unwrap(), directory.path()).unwrap();
+        check_places(&load(&["-v", "/a:/x"])).unwrap();
+        for words in [&["-v", "/a:/data"][..], &["-v", "/a:/data/"], &["--shares", "/data"]] {
+            let error = check_places(&load(words)).unwrap_err();
+            assert!(error.0.contains(":/data"), "{}", error.0);
         }
     }
 }

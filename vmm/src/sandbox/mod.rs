@@ -104,8 +104,12 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let own_socket = vsock.map(|path| ListeningSocket::new(path).context("--vsock")).transpose()?;
     host::raise_open_file_limit();
 
-    let image =
-        plan::boot_image(args, kernel::find(args.kernel.as_deref(), !args.no_unpack)?, &shares)?;
+    let image = plan::boot_image(
+        args,
+        kernel::find(args.kernel.as_deref(), !args.no_unpack)?,
+        &shares,
+        &identity,
+    )?;
 
     let (sender, events) = channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("eventfd")?);

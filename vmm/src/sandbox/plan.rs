@@ -7,7 +7,9 @@ use devices::share::{CachePolicy, XattrPolicy};
 use oriel_init::initramfs;
 use oriel_init::protocol::{Config, Dax, LOADER_PATH, Process, Root, Share};
 
+use super::identity::Identity;
 use super::window::WindowChoice;
+use crate::bundle::Bundle;
 use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError, values};
 use crate::kernel::{Assets, BootImage, Kernel};
 use crate::walls;
@@ -121,15 +123,20 @@ fn check_directory(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is loaded into the guest: kernel, initrd, command line.
+/// What is loaded into the guest: kernel, initrd, command line. `identity` is the one that serves the shares.
 ///
 /// # Errors
 ///
-/// A missing file, named.
-pub fn boot_image(args: &RunArgs, kernel: Kernel, shares: &[PlannedShare]) -> Result<BootImage> {
+/// A missing file, named; ids of a bundle that are not this user's to give.
+pub fn boot_image(
+    args: &RunArgs,
+    kernel: Kernel,
+    shares: &[PlannedShare],
+    identity: &Identity,
+) -> Result<BootImage> {
     let mut cmdline = CMDLINE.to_string();
     let initrd = match &args.initrd {
-        None => own_initrd(args, &kernel, shares)?,
+        None => own_initrd(args, &kernel, shares, identity)?,
         Some(InitrdSource::None) => {
             if let Some(root) = args.root.is_some().then(|| shares.first()).flatten() {
                 let access = if root.options.read_only { "ro" } else { "rw" };
@@ -206,7 +213,12 @@ fn dax_option(share: &PlannedShare) -> &'static str {
     }
 }
 
-fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Result<Vec<u8>> {
+fn own_initrd(
+    args: &RunArgs,
+    kernel: &Kernel,
+    shares: &[PlannedShare],
+    identity: &Identity,
+) -> Result<Vec<u8>> {
     let assets = Assets::find()?;
     if args.root.is_none() && assets.busybox.is_none() {
         bail!(
@@ -225,14 +237,22 @@ fn own_initrd(args: &RunArgs, kernel: &Kernel, shares: &[PlannedShare]) -> Resul
         None => Vec::new(),
     };
     let config = config(args, shares, modules);
+    let files = args.container.as_ref().map(|bundle| files(bundle, identity)).transpose()?;
+    let files = files.unwrap_or_default();
     let contents = initramfs::Contents {
         init: &assets.init,
         modules_dir: kernel.modules.as_deref(),
         busybox: assets.busybox.as_deref().filter(|_| args.root.is_none()),
-        files: args.container.as_ref().map_or(&[], |bundle| bundle.files.as_slice()),
+        files: &files,
         config: &config,
     };
     initramfs::build(&contents).context("initramfs")
+}
+
+/// The files that the guest has copies of, whose owners are those that they would have in a share.
+fn files(bundle: &Bundle, identity: &Identity) -> Result<Vec<initramfs::FileCopy>, UsageError> {
+    let (uids, gids) = (identity.uid_map(&bundle.uid_map)?, identity.gid_map(&bundle.gid_map)?);
+    Ok(bundle.files(&uids, &gids))
 }
 
 fn config(args: &RunArgs, shares: &[PlannedShare], modules: Vec<String>) -> Config {
@@ -369,6 +389,24 @@ mod tests {
             plan.shares.iter().map(|share| share.read_only).collect::<Vec<_>>(),
             [true, false]
         );
+    }
+
+    #[test]
+    fn files_of_a_bundle_have_owners_as_the_process_that_serves_its_shares_sees_them() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("rootfs")).unwrap();
+        let config = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["true"], "cwd": "/" },
+            "root": { "path": "rootfs" },
+            "mounts": [{ "destination": "/x", "type": "bind", "source": "config.json" }]
+        });
+        std::fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
+        let bundle = crate::bundle::load(&args(&[]), directory.path()).unwrap().container.unwrap();
+        // Whoever runs this, as root or not: what it has made is the guest root's.
+        let identity = Identity::of_process(false).unwrap();
+        let files = files(&bundle, &identity).unwrap();
+        assert_eq!((files.len(), files[0].uid, files[0].gid), (1, 0, 0));
     }
 
     #[test]
