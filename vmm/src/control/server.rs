@@ -14,8 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
 use super::lines::Lines;
@@ -159,9 +158,10 @@ fn converse(mut stream: UnixStream, clients: &Clients, handler: &Handler) -> io:
     let watched = stream.try_clone()?;
     let mut lines = Lines::new(&watched, MAX_LINE);
     let gone = || {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let heard = rustix::net::recv(&watched, &mut [0], flags);
-        !matches!(heard, Ok((_, 1..)) | Err(Errno::AGAIN | Errno::INTR))
+        // One that has said all it wants to say may still listen: only the end of both ways counts (poll(2)).
+        let mut ends = [PollFd::new(&watched, PollFlags::empty())];
+        let polled = poll(&mut ends, Some(&Timespec::default()));
+        polled.is_ok() && ends[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
     };
     loop {
         let line = match lines.next() {
@@ -342,6 +342,31 @@ mod tests {
         let error = ControlSocket::new(directory.path(), "box").err().unwrap();
         assert!(error.to_string().contains("no socket"), "{error:#}");
         assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn who_waits_is_gone_when_it_has_closed_and_not_when_it_has_said_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = started(directory.path());
+        let busy = |count| {
+            let deadline = std::time::Instant::now() + Duration::from_secs(30);
+            while *socket.clients.busy() != count {
+                assert!(std::time::Instant::now() < deadline, "{}", *socket.clients.busy());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let mut patient = UnixStream::connect(socket.socket.path()).unwrap();
+        patient.write_all(b"{\"request\":\"wait\"}\n").unwrap();
+        patient.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut talkative = UnixStream::connect(socket.socket.path()).unwrap();
+        talkative.write_all(b"{\"request\":\"wait\"}\n").unwrap();
+        busy(2);
+        // It says more, to which nobody listens yet.
+        talkative.write_all(b"{").unwrap();
+        drop(talkative);
+        busy(1);
+        drop(patient);
+        busy(0);
     }
 
     #[test]

@@ -133,9 +133,10 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     let released = named.as_ref().filter(|_| args.detach).map(|named| Release::new(&named.name));
     let released = released.transpose()?;
     let places = places(own_socket.as_ref(), named.as_ref())?;
+    let logs = named.as_ref().map(|named| named.directory.clone());
     // Names of the host's mean nothing from here on.
     let inside = match args.no_sandbox {
-        false => walls::raise(&plan::walls(&shares, live.as_ref(), places, entered))?,
+        false => walls::raise(&plan::walls(&shares, live.as_ref(), places, logs, entered))?,
         true => {
             log::warn!(
                 "--no-sandbox: a guest that takes over this process has all that this user has"

@@ -170,12 +170,13 @@ pub fn boot_image(
     Ok(BootImage { kernel: kernel.file, initrd, cmdline })
 }
 
-/// What the process keeps of the host. `places` are the directories of its sockets and logs; `in_namespace` when it
+/// What the process keeps of the host. `places` are the directories of its sockets and logs, `logs` is that of its logs; `in_namespace` when it
 /// has entered a user namespace of its own.
 pub fn walls<'p>(
     shares: &'p [PlannedShare],
     live: Option<&PlannedLive>,
     places: Vec<PathBuf>,
+    logs: Option<PathBuf>,
     in_namespace: bool,
 ) -> walls::Plan<'p> {
     let writes = |options: &ShareOptions| !options.read_only && !options.overlay;
@@ -188,14 +189,15 @@ pub fn walls<'p>(
         device_nodes: live_writes || all().any(|options| options.device_nodes),
         file_capabilities: live_writes
             || all().any(|options| writes(options) && asked_for_on(options)),
-        trusted: all().any(asked_for_on),
+        // In a user namespace of its own the capability is not over the host's files, and would serve nothing.
+        trusted: !in_namespace && all().any(asked_for_on),
     };
     let shared = |share: &'p PlannedShare| walls::Shared {
         host: &share.host,
         read_only: !writes(&share.options),
     };
     let shares = shares.iter().map(shared).collect();
-    walls::Plan { shares, places, live: live.is_some(), handles: !in_namespace, needs }
+    walls::Plan { shares, places, logs, live: live.is_some(), handles: !in_namespace, needs }
 }
 
 /// Whether the guest has a socket device. By its name a sandbox is found for further commands, and they come over
@@ -368,7 +370,7 @@ mod tests {
             let args = args(words);
             let shares = shares(&args).unwrap();
             let live = live(&args, &shares).unwrap();
-            walls(&shares, live.as_ref(), Vec::new(), false).needs
+            walls(&shares, live.as_ref(), Vec::new(), None, false).needs
         };
         let none = walls::Needs::default();
         let writes = walls::Needs { writes: true, ..none };
@@ -384,7 +386,7 @@ mod tests {
         assert_eq!(needs(&["--shares", "/s"]), live);
         let args = args(&["--root", "/:overlay", "-v", "/tmp:/t"]);
         let shares = shares(&args).unwrap();
-        let plan = walls(&shares, None, Vec::new(), false);
+        let plan = walls(&shares, None, Vec::new(), None, false);
         assert_eq!(
             plan.shares.iter().map(|share| share.read_only).collect::<Vec<_>>(),
             [true, false]

@@ -57,12 +57,16 @@ impl Rules {
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
         // Not to execute, and no ioctl of a device.
         let write = AccessFs::from_all(KNOWN) & !(AccessFs::Execute | AccessFs::IoctlDev);
-        let own = AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::RemoveFile;
+        let remove = AccessFs::RemoveFile.into();
+        let own = |place: &PathBuf| match plan.logs.as_ref() == Some(place) {
+            true => AccessFs::WriteFile | AccessFs::MakeReg | remove,
+            false => remove,
+        };
         let share = |(number, share): (usize, &super::Shared<'_>)| {
             let at = inside.place_of(number).unwrap_or_else(|| share.host.to_owned());
             (at, if share.read_only { read } else { write })
         };
-        let places = plan.places.iter().map(|place| (place.clone(), own));
+        let places = plan.places.iter().map(|place| (place.clone(), own(place)));
         Self { files: Some(plan.shares.iter().enumerate().map(share).chain(places).collect()) }
     }
 }
@@ -127,19 +131,22 @@ mod tests {
     #[test]
     fn a_thread_with_rules_opens_what_is_shared_and_nothing_else() {
         let (read, write) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let place = tempfile::tempdir().unwrap();
+        let (place, sockets) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(sockets.path().join("socket"), "").unwrap();
         fs::write(read.path().join("file"), "one").unwrap();
         std::os::unix::fs::symlink("/etc/passwd", write.path().join("link")).unwrap();
         let shared = |path, read_only| Shared { host: path, read_only };
         let plan = Plan {
             shares: vec![shared(read.path(), true), shared(write.path(), false)],
-            places: vec![place.path().to_owned()],
+            places: vec![place.path().to_owned(), sockets.path().to_owned()],
+            logs: Some(place.path().to_owned()),
             live: false,
             handles: true,
             needs: Needs::default(),
         };
         let rules = Rules::of(&plan, &Inside::open(), CapabilitySet::empty());
         let (read, write, place) = (read.path(), write.path(), place.path());
+        let sockets = sockets.path();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 rustix::thread::set_no_new_privs(true).unwrap();
@@ -163,6 +170,10 @@ mod tests {
                 fs::write(place.join("log"), "").unwrap();
                 denied(fs::read(place.join("log")).map(drop));
                 fs::remove_file(place.join("log")).unwrap();
+                // In a directory of sockets it makes and changes nothing.
+                denied(fs::write(sockets.join("new"), ""));
+                denied(fs::write(sockets.join("socket"), ""));
+                fs::remove_file(sockets.join("socket")).unwrap();
                 if let Err(error) = TcpStream::connect("127.0.0.1:9") {
                     let kind = error.kind();
                     assert!(matches!(
@@ -179,6 +190,7 @@ mod tests {
         let plan = |live, handles| Plan {
             shares: vec![],
             places: vec![],
+            logs: None,
             live,
             handles,
             needs: Needs::default(),

@@ -40,6 +40,8 @@ pub struct Plan<'p> {
     /// Directories in which this process has sockets and logs of its own to remove, and of other programs' to
     /// connect to.
     pub places: Vec<PathBuf>,
+    /// That of them with logs, of which new ones are made.
+    pub logs: Option<PathBuf>,
     /// Directories may come later.
     pub live: bool,
     /// Files may be reached by their handles: the process is not in a user namespace of its own.

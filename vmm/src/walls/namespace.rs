@@ -6,16 +6,18 @@
 //! |---|---|
 //! | `/.share/N` | the N-th shared directory with all that is mounted below it; read-only if the share is |
 //! | `/proc/self/fd` | this process's descriptors: the share opens files anew by them |
-//! | the places | directories of sockets and logs, under the names that they have on the host |
+//! | the places | directories of sockets and logs, under the names that they have on the host, without what is mounted below |
 //!
 //! `..` leads out of none of them. What the host mounts below a shared directory later appears there as well, and what
 //! it unmounts goes, if the mount that the directory is on is shared (mount_namespaces(7)), as systemd makes all.
 #![expect(unsafe_code, reason = "unshare(2) and mount_setattr(2)")]
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::CWD;
@@ -53,42 +55,43 @@ const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
 pub fn enter(shares: &[Shared<'_>], places: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let threads = fs::read_dir("/proc/self/task").context("/proc/self/task")?.count();
     ensure!(threads == 1, "there are {threads} threads already");
-    let cwd = getcwd(Vec::new()).context("working directory")?;
-    let cwd = PathBuf::from(cwd.to_string_lossy().into_owned());
+    // One that was removed has no name.
+    let cwd = getcwd(Vec::new()).unwrap_or_else(|_| c"/".to_owned());
+    let cwd = PathBuf::from(OsString::from_vec(cwd.into_bytes()));
     // SAFETY: there is one thread, and no table of descriptors is unshared. From here on names of files mean what
     // this function makes of them, which is its purpose.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context("unshare(CLONE_NEWNS)")?;
     // What happens to mounts here is not to happen on the host, but the other way round.
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-        .context("propagation of mounts")?;
+        .map_err(|error| root_must_be_a_mount(error, "propagation of mounts"))?;
 
     let mut trees = Vec::new();
     let mut inside = Vec::new();
     for (number, share) in shares.iter().enumerate() {
         let at = PathBuf::from(format!("{SHARES}/{number}"));
-        trees.push((Tree::of(share.host, share.read_only)?, at.clone()));
+        trees.push((Tree::of(share.host, share.read_only, true)?, at.clone()));
         inside.push(at);
     }
-    trees.push((Tree::of(Path::new(DESCRIPTORS), true)?, PathBuf::from(DESCRIPTORS)));
+    trees.push((Tree::of(Path::new(DESCRIPTORS), true, false)?, PathBuf::from(DESCRIPTORS)));
     // The shorter name first: one may be below another.
     let mut places = places.to_vec();
     places.sort();
     places.dedup();
     for place in places {
         ensure!(
-            place.parent().is_some() && !place.starts_with("/proc") && !place.starts_with(SHARES),
+            may_be_place(&place),
             "{}: sockets cannot be in this directory; name one of your own",
             place.display()
         );
-        trees.push((Tree::of(&place, false)?, place));
+        trees.push((Tree::of(&place, false, false)?, place));
     }
 
     build_root()?;
+    // So that relative names of sockets mean what they meant; before there is a directory of the host's in the new root.
+    let _ = fs::create_dir_all(built(&cwd));
     for (tree, at) in trees {
         tree.attach(&at)?;
     }
-    // So that relative names of sockets mean what they meant.
-    fs::create_dir_all(built(&cwd)).context("working directory")?;
     change_root()?;
     if chdir(&cwd).is_err() {
         chdir("/").context("working directory")?;
@@ -98,22 +101,39 @@ pub fn enter(shares: &[Shared<'_>], places: &[PathBuf]) -> Result<Vec<PathBuf>> 
     Ok(inside)
 }
 
+/// Whether a directory can be in the new root under its name: not the root itself, however it is called, and nothing that
+/// would lie over what else is there.
+fn may_be_place(place: &Path) -> bool {
+    let real = place.canonicalize();
+    let is_root = |path: &Path| path.parent().is_none();
+    !(place.components().any(|part| part == Component::ParentDir)
+        || place.starts_with("/proc")
+        || place.starts_with(SHARES)
+        || is_root(place)
+        || real.is_ok_and(|real| is_root(&real)))
+}
+
 /// A path of the new root, while it is built.
 fn built(path: &Path) -> PathBuf {
     Path::new(BUILT_AT).join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// A copy of a directory with all that is mounted below it, mounted nowhere yet.
+/// A copy of a directory, with all that is mounted below it or without, mounted nowhere yet.
 struct Tree {
     mount: OwnedFd,
 }
 
 impl Tree {
-    fn of(path: &Path, read_only: bool) -> Result<Self> {
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_RECURSIVE;
-        let mount = open_tree(CWD, path, flags).with_context(|| path.display().to_string())?;
+    fn of(path: &Path, read_only: bool, mut recursive: bool) -> Result<Self> {
+        let mount = loop {
+            let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+            match open_tree(CWD, path, flags) {
+                // Who is not root on the host may not look below what is mounted there (mount_namespaces(7)).
+                Err(Errno::INVAL) if !recursive => recursive = true,
+                opened => break opened.with_context(|| path.display().to_string())?,
+            }
+        };
         let mut attributes = HARMLESS;
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, read_only);
         match set_attributes(&mount, attributes) {
@@ -189,10 +209,31 @@ fn change_root() -> Result<()> {
         unmount(".", UnmountFlags::DETACH)?;
         chdir("/")
     };
-    change().map_err(|error| match error {
-        Errno::INVAL => {
-            anyhow::anyhow!("pivot_root: the root directory is no mount, or the first one")
+    change().map_err(|error| root_must_be_a_mount(error, "pivot_root"))
+}
+
+/// As in a chroot it is not, and in an initramfs.
+fn root_must_be_a_mount(error: Errno, what: &'static str) -> anyhow::Error {
+    match error {
+        Errno::INVAL => anyhow::anyhow!("{what}: the root directory is no mount, or the first one"),
+        error => anyhow::Error::from(error).context(what),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::may_be_place;
+
+    #[test]
+    fn the_root_directory_is_no_place_whatever_it_is_called() {
+        let directory = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/", directory.path().join("root")).unwrap();
+        assert!(may_be_place(directory.path()));
+        for name in ["/", "/tmp/..", "/proc/self", "/.share/0"].map(Path::new) {
+            assert!(!may_be_place(name), "{}", name.display());
         }
-        error => error.into(),
-    })
+        assert!(!may_be_place(&directory.path().join("root")));
+    }
 }
