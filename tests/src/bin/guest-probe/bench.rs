@@ -89,6 +89,7 @@ fn meminfo(name: &str) -> Result<u64> {
 /// - `again PAGES COUNT SEED`: the same of the first PAGES pages of the file;
 /// - `stream`: the file from one end to the other, 128 KiB at a time, by pread(2);
 /// - `missing COUNT`: so many looks for a name that is not there, beside the first file;
+/// - `spin MILLISECONDS`: nothing, for so long;
 /// - `memory`: not a time, but MemTotal, MemFree and Cached in KiB.
 pub fn serve(paths: &[&str]) -> Result<()> {
     let open = |path: &&str| File::open(Path::new(path)).with_context(|| path.to_string());
@@ -169,6 +170,16 @@ pub fn serve(paths: &[&str]) -> Result<()> {
                 let count = number(1)?;
                 timed(|| {
                     Ok((0..count).filter(|_| fs::symlink_metadata(&name).is_ok()).count() as u64)
+                })?
+            }
+            ["spin", _] => {
+                let limit = Duration::from_millis(number(1)?);
+                timed(|| {
+                    let (start, mut turns) = (Instant::now(), 0);
+                    while start.elapsed() < limit {
+                        turns += 1;
+                    }
+                    Ok(turns)
                 })?
             }
             ["use", _] => {
