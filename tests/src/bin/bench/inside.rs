@@ -196,8 +196,8 @@ impl Running {
     }
 
     /// KiB of memory of its processes, but the guest's memory, the window and what is mapped into it.
-    fn memory(&self, parts: &Parts) -> u64 {
-        self.processes().into_iter().filter_map(|process| memory_of(process, parts)).sum()
+    fn memory(&self) -> u64 {
+        self.processes().into_iter().filter_map(memory_of).sum()
     }
 }
 
@@ -233,7 +233,7 @@ fn cpu_of(process: u32) -> Option<u64> {
     Some(tasks.flatten().filter_map(|task| one(task.path())).sum())
 }
 
-fn memory_of(process: u32, parts: &Parts) -> Option<u64> {
+fn memory_of(process: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/smaps")).ok()?;
     let (mut sum, mut counts) = (0, true);
     for line in text.lines() {
@@ -241,9 +241,10 @@ fn memory_of(process: u32, parts: &Parts) -> Option<u64> {
         match words[..] {
             ["Size:", size, ..] => counts &= size.parse::<u64>().ok()? < (32 << 10),
             ["Pss:", size, ..] if counts => sum += size.parse::<u64>().ok()?,
-            // A mapping's first line: addresses, access, offset, device, inode, and a path if it has one.
+            // A mapping's first line: addresses, access, offset, device, inode, and a path if it has one. What is mapped
+            // into a window is shared with the file.
             [range, access, ..] if range.contains('-') && access.len() == 4 => {
-                counts = !words.last()?.starts_with(&parts.tree);
+                counts = !access.ends_with('s');
             }
             _ => {}
         }
@@ -324,7 +325,7 @@ fn one_round(system: &System, order: &Order, parts: &Parts, round: usize) {
             }
         }
     }
-    let memory = running.memory(parts) as f64;
+    let memory = running.memory() as f64;
     if !system.is_host() && memory > 0.0 {
         tell(&Event::measured(
             name("memory"),
