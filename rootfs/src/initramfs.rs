@@ -147,9 +147,11 @@ pub fn build_loader(init: &Path, modules_dir: &Path) -> Result<Vec<u8>> {
 }
 
 /// A cpio archive in the making. All belongs to root and to the epoch, so that equal contents make equal
-/// archives.
+/// archives. Names are without a `/` in front, and a directory comes before what is in it.
+///
+/// All its functions fail when it cannot hold what they are given, with the name.
 #[derive(Default)]
-struct Archive {
+pub struct Archive {
     bytes: Cursor<Vec<u8>>,
     inode: u32,
 }
@@ -169,12 +171,19 @@ impl Archive {
         Ok(())
     }
 
-    fn directory(&mut self, name: &str, permissions: u32) -> Result<()> {
-        let entry = self.entry(name, DIRECTORY | permissions);
-        self.write(entry, &[]).with_context(|| format!("cannot add {name} to the initramfs"))
+    /// Adds what `mode` says that it is (`S_IFMT` and permissions), with its content: of a link, where it leads.
+    pub fn add(&mut self, name: &str, mode: u32, data: &[u8]) -> Result<()> {
+        let entry = self.entry(name, mode);
+        self.write(entry, data).with_context(|| format!("cannot add {name} to the initramfs"))
     }
 
-    fn character_device(
+    /// Adds a directory.
+    pub fn directory(&mut self, name: &str, permissions: u32) -> Result<()> {
+        self.add(name, DIRECTORY | permissions, &[])
+    }
+
+    /// Adds a device.
+    pub fn character_device(
         &mut self,
         name: &str,
         permissions: u32,
@@ -186,9 +195,9 @@ impl Archive {
         self.write(entry, &[]).with_context(|| format!("cannot add {name} to the initramfs"))
     }
 
-    fn file(&mut self, name: &str, permissions: u32, data: &[u8]) -> Result<()> {
-        let entry = self.entry(name, REGULAR | permissions);
-        self.write(entry, data).with_context(|| format!("cannot add {name} to the initramfs"))
+    /// Adds a regular file.
+    pub fn file(&mut self, name: &str, permissions: u32, data: &[u8]) -> Result<()> {
+        self.add(name, REGULAR | permissions, data)
     }
 
     fn modules(&mut self, directory: &Path, modules: &[String]) -> Result<()> {
@@ -199,12 +208,14 @@ impl Archive {
         Ok(())
     }
 
-    fn copy(&mut self, name: &str, permissions: u32, source: &Path) -> Result<()> {
+    /// Adds a copy of a file of the host's.
+    pub fn copy(&mut self, name: &str, permissions: u32, source: &Path) -> Result<()> {
         let data = fs::read(source).with_context(|| format!("cannot read {}", source.display()))?;
         self.file(name, permissions, &data)
     }
 
-    fn finish(self) -> Result<Vec<u8>> {
+    /// Ends it, and returns its bytes.
+    pub fn finish(self) -> Result<Vec<u8>> {
         let bytes = newc::trailer(self.bytes).context("cannot end the initramfs")?;
         Ok(bytes.into_inner())
     }

@@ -1,10 +1,10 @@
 //! Kernels and initrds of every form.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 
-use cpio::newc;
 use integration::{Oriel, Tree, busybox, text, vmlinux, vmlinuz};
+use oriel_init::initramfs::Archive;
 
 #[test]
 fn a_bzimage_unpacks_itself_when_told_to() {
@@ -36,14 +36,11 @@ fn initramfs(path: &Path, script: &str) {
 
 /// A cpio archive of files and directories: name, mode, content.
 pub(super) fn archive(path: &Path, entries: &[(&str, u32, &[u8])]) {
-    let mut archive = File::create(path).unwrap();
-    for (inode, (name, mode, content)) in (301..).zip(entries) {
-        let entry = newc::Builder::new(name).ino(inode).mode(*mode).nlink(1);
-        let mut writer = entry.write(&mut archive, content.len() as u32);
-        std::io::Write::write_all(&mut writer, content).unwrap();
-        writer.finish().unwrap();
+    let mut archive = Archive::default();
+    for (name, mode, content) in entries {
+        archive.add(name, *mode, content).unwrap();
     }
-    newc::trailer(&mut archive).unwrap();
+    fs::write(path, archive.finish().unwrap()).unwrap();
 }
 
 #[test]

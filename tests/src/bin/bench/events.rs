@@ -31,13 +31,3 @@ pub enum Event {
     /// A system is done for a round.
     Finished(usize, String),
 }
-
-impl Event {
-    pub fn measured(place: Place, figure: Figure) -> Self {
-        Self::Measured(place, figure)
-    }
-
-    pub fn missed(place: Place, why: String) -> Self {
-        Self::Missed(place, why)
-    }
-}

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use cpio::newc;
 use integration::jobs::numbered;
+use oriel_init::initramfs::Archive;
 
 use crate::jobs::{BIG, FILE, LISTED, NAMES};
 
@@ -29,42 +29,15 @@ pub fn run(line: &[&str]) -> Result<()> {
     Ok(())
 }
 
-struct Archive(File, u32);
-
-impl Archive {
-    fn new(path: &Path) -> Result<Self> {
-        let mut archive = Self(File::create(path)?, 0);
-        for name in ["bin", "dev", "proc", "sys", "t", "tmpfs", "tmp", "modules", "etc"] {
-            archive.add(name, 0o040_755, b"")?;
-        }
-        // Before /dev is mounted: where the first program's output goes. The device is the console's, 5:1.
-        archive.1 += 1;
-        let console = newc::Builder::new("dev/console")
-            .ino(archive.1)
-            .mode(0o020_600)
-            .rdev_major(5)
-            .rdev_minor(1);
-        console.write(&mut archive.0, 0).finish()?;
-        Ok(archive)
+/// What every guest begins with.
+fn archive() -> Result<Archive> {
+    let mut archive = Archive::default();
+    for name in ["bin", "dev", "proc", "sys", "t", "tmpfs", "tmp", "modules", "etc"] {
+        archive.directory(name, 0o755)?;
     }
-
-    fn add(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<()> {
-        self.1 += 1;
-        let entry = newc::Builder::new(name).ino(self.1).mode(mode).nlink(1);
-        let mut writer = entry.write(&mut self.0, u32::try_from(content.len())?);
-        writer.write_all(content)?;
-        writer.finish()?;
-        Ok(())
-    }
-
-    fn program(&mut self, name: &str, path: &Path) -> Result<()> {
-        self.add(name, 0o100_755, &fs::read(path).with_context(|| path.display().to_string())?)
-    }
-
-    fn end(self) -> Result<()> {
-        newc::trailer(self.0)?;
-        Ok(())
-    }
+    // Before /dev is mounted: where the first program's output goes.
+    archive.character_device("dev/console", 0o600, 5, 1)?;
+    Ok(archive)
 }
 
 /// What a dynamic program is made of, as ldd(1) tells.
@@ -76,36 +49,36 @@ fn libraries(program: &str) -> Result<Vec<String>> {
 
 fn initrds(programs: &Path, input: &Path) -> Result<()> {
     let guest = std::env::current_exe()?.with_file_name("bench-guest");
-    let mut archive = Archive::new(&input.join("jobs.cpio"))?;
-    archive.program("init", &guest)?;
-    archive.program("bin/fio", &programs.join("fio"))?;
-    archive.program("bin/busybox", &integration::busybox())?;
+    let mut archive = archive()?;
+    archive.copy("init", 0o755, &guest)?;
+    archive.copy("bin/fio", 0o755, &programs.join("fio"))?;
+    archive.copy("bin/busybox", 0o755, &integration::busybox())?;
     let git = "/usr/bin/git";
-    archive.program("bin/git", Path::new(git))?;
+    archive.copy("bin/git", 0o755, Path::new(git))?;
     let mut made = vec![String::new()];
     for library in libraries(git)? {
         let library = library.trim_start_matches('/').to_owned();
         for (at, _) in library.match_indices('/') {
             let directory = library[..at].to_owned();
             if !made.contains(&directory) {
-                archive.add(&directory, 0o040_755, b"")?;
+                archive.directory(&directory, 0o755)?;
                 made.push(directory);
             }
         }
-        archive.program(&library, &Path::new("/").join(&library))?;
+        archive.copy(&library, 0o755, &Path::new("/").join(&library))?;
     }
     for entry in fs::read_dir(programs.join("kernel/modules"))? {
         let entry = entry?;
         let name = format!("modules/{}", entry.file_name().to_string_lossy());
-        archive.add(&name, 0o100_644, &fs::read(entry.path())?)?;
+        archive.copy(&name, 0o644, &entry.path())?;
     }
-    archive.end()?;
+    fs::write(input.join("jobs.cpio"), archive.finish()?)?;
 
-    let mut archive = Archive::new(&input.join("true.cpio"))?;
-    archive.program("init", &guest)?;
-    archive.program("bin/busybox", &integration::busybox())?;
+    let mut archive = self::archive()?;
+    archive.copy("init", 0o755, &guest)?;
+    archive.copy("bin/busybox", 0o755, &integration::busybox())?;
     archive.add("bin/true", 0o120_777, b"busybox")?;
-    archive.end()
+    Ok(fs::write(input.join("true.cpio"), archive.finish()?)?)
 }
 
 /// `directories` with so many `files` of so many bytes each.

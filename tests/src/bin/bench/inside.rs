@@ -290,10 +290,10 @@ fn boot(system: &System, parts: &Parts, round: usize) {
     let name = |job: &str| (round, system.name.to_owned(), job.to_owned());
     match result {
         Ok((ready, end)) => {
-            tell(&Event::measured(name("boot"), figure(ready)));
-            tell(&Event::measured(name("run-true"), figure(end)));
+            tell(&Event::Measured(name("boot"), figure(ready)));
+            tell(&Event::Measured(name("run-true"), figure(end)));
         }
-        Err(error) => tell(&Event::missed(name("boot"), format!("{error:#}"))),
+        Err(error) => tell(&Event::Missed(name("boot"), format!("{error:#}"))),
     }
 }
 
@@ -310,15 +310,15 @@ fn one_round(system: &System, order: &Order, parts: &Parts, round: usize) {
         Err(error) => {
             let log = fs::read_to_string(parts.work.join(format!("{}.log", system.name)));
             let last = log.unwrap_or_default().lines().last().unwrap_or("").to_owned();
-            return tell(&Event::missed(name("start"), format!("{error:#}; it says {last:?}")));
+            return tell(&Event::Missed(name("start"), format!("{error:#}; it says {last:?}")));
         }
     };
     let directory = if system.is_host() { parts.tree.as_str() } else { "/t" };
     for job in order.jobs.iter().filter(|job| job.is_for(system)) {
         match measure(&mut running, job, directory, order.milliseconds) {
-            Ok(figure) => tell(&Event::measured(name(job.name), figure)),
+            Ok(figure) => tell(&Event::Measured(name(job.name), figure)),
             Err(error) => {
-                tell(&Event::missed(name(job.name), format!("{error:#}")));
+                tell(&Event::Missed(name(job.name), format!("{error:#}")));
                 if running.machine.try_wait().is_ok_and(|ended| ended.is_some()) {
                     break;
                 }
@@ -327,7 +327,7 @@ fn one_round(system: &System, order: &Order, parts: &Parts, round: usize) {
     }
     let memory = running.memory() as f64;
     if !system.is_host() && memory > 0.0 {
-        tell(&Event::measured(
+        tell(&Event::Measured(
             name("memory"),
             Figure { nanoseconds: memory, cpu: 0.0, exits: None },
         ));

@@ -217,7 +217,7 @@ mod tests {
         let mut results = Results::default();
         for (system, job, nanoseconds) in figures {
             let figure = Figure { nanoseconds: *nanoseconds, cpu: 0.0, exits: None };
-            results.take(Event::measured((0, (*system).into(), (*job).into()), figure));
+            results.take(Event::Measured((0, (*system).into(), (*job).into()), figure));
         }
         results
     }
