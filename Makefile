@@ -68,8 +68,7 @@ suites: build kernel ## all suites, on /dev/fuse (half an hour) and in guests (h
 
 integration: build kernel system ## the tests that boot guests: here if this machine can, else in an emulated one
 	$(unpack)
-	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) --skip two_cpus
-	$(in_kvm) WITH_KVM_CPUS=2 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads) two_cpus
+	$(in_kvm) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test guest -- --test-threads=$(threads)
 
 bench: tools ## Oriel beside QEMU with virtiofsd, 9p, a disk image, and alioth: a table, and a report in target/bench
 	jobs=$(jobs) tests/bench

@@ -133,7 +133,7 @@ fn memory_and_cpus_that_the_host_does_not_have_are_refused() {
     refused(&["--memory", "512M,backend=hugetlb:1G"], USAGE, &["--memory", "512M", "1024 MiB"]);
     refused(&["--memory", "1G,backend=file:/no/such/dir"], SANDBOX, &["--memory", "/no/such/dir"]);
     refused(&["--cpus", "0"], USAGE, &["--cpus", "0"]);
-    refused(&["--cpus", "255"], SANDBOX, &["--cpus", "255", "host has"]);
+    refused(&["--cpus", "255"], SANDBOX, &["--cpus", "255", "host has", "at most"]);
     refused(&["--cpus", "256"], USAGE, &["--cpus", "256"]);
     refused(&["--cpus", "two"], USAGE, &["--cpus", "two"]);
 }
