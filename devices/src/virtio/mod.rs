@@ -83,9 +83,9 @@ pub trait VirtioDevice: Send + Sync {
     fn notify(&self, queue: u16);
 
     /// Back to where the device was before [`activate`](Self::activate). When this returns, nothing of the
-    /// device touches guest memory or interrupts, and it can be activated again. Idempotent; called on
-    /// devices that were never activated, too. May wait for a request that is being served, as long as that takes:
-    /// the driver sees the reset as unfinished until then. Called on a thread of its own.
+    /// device touches guest memory or interrupts, and it can be activated again. Idempotent; not called before the
+    /// first `activate`. May wait for a request that is being served, as long as that takes: the driver sees the
+    /// reset as unfinished until then. Called on a thread of its own.
     fn reset(&self);
 }
 

@@ -165,6 +165,11 @@ impl CommonConfiguration {
             if state.resetting {
                 log::debug!("{register:?} is written during a reset: ignored");
             } else if register == Register::DeviceStatus && value == 0 {
+                if state.status & DRIVER_OK == 0 {
+                    // The device is not in use. Nor could its status tell how long this takes: it may read 0.
+                    self.forget(&mut state);
+                    continue;
+                }
                 state.resetting = true;
                 drop(state);
                 self.reset();
@@ -368,7 +373,10 @@ impl CommonConfiguration {
 
     fn finish_reset(&self) {
         self.device.reset();
-        let mut state = lock(&self.state);
+        self.forget(&mut lock(&self.state));
+    }
+
+    fn forget(&self, state: &mut State) {
         self.signals.reset();
         *state = State::new(self.device.queue_max_sizes());
     }
