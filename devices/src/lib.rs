@@ -24,11 +24,16 @@ pub mod pci;
 pub mod power;
 pub mod serial;
 pub mod share;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 pub mod tree;
 pub mod virtio;
 
 mod budget;
 #[cfg(test)]
 mod costs;
+#[cfg(test)]
+mod hostile;
 mod kick;
 mod sync;

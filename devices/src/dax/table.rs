@@ -302,3 +302,7 @@ impl State {
         before
     }
 }
+
+#[cfg(test)]
+#[path = "table_test.rs"]
+mod tests;

@@ -4,8 +4,9 @@ pub mod configuration;
 pub mod msix;
 pub mod root;
 
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,5 @@
 //! What the machine would bring: interrupt vectors and a window slot that note what happens to them.
+#![allow(clippy::unwrap_used, reason = "tests and fuzzers fail so")]
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +23,7 @@ struct Vectors {
 
 /// An interrupt controller that counts.
 #[derive(Clone, Default)]
-pub(crate) struct Controller(Arc<Vectors>);
+pub struct Controller(Arc<Vectors>);
 
 struct Vector {
     vectors: Arc<Vectors>,
@@ -54,20 +55,20 @@ impl MsiVector for Vector {
 }
 
 impl Controller {
-    pub(crate) fn connections(&self, vector: usize) -> Vec<Option<MsiMessage>> {
+    pub fn connections(&self, vector: usize) -> Vec<Option<MsiMessage>> {
         lock(&self.0.connections)[vector].clone()
     }
 
-    pub(crate) fn triggers(&self) -> Vec<usize> {
+    pub fn triggers(&self) -> Vec<usize> {
         lock(&self.0.triggers).clone()
     }
 
-    pub(crate) fn refuse(&self, refuse: bool) {
+    pub fn refuse(&self, refuse: bool) {
         self.0.refuse.store(refuse, Ordering::Relaxed);
     }
 
     /// Waits until `vector` has interrupted `count` times, and says how often it has.
-    pub(crate) fn wait(&self, vector: usize, count: usize) -> usize {
+    pub fn wait(&self, vector: usize, count: usize) -> usize {
         let triggers = lock(&self.0.triggers);
         let patience = Duration::from_secs(10);
         let (triggers, _) = self
@@ -81,7 +82,7 @@ impl Controller {
 
 /// A slot that remembers every place it was given.
 #[derive(Default)]
-pub(crate) struct Slot {
+pub struct Slot {
     places: Mutex<Vec<Option<u64>>>,
     refuse: AtomicBool,
 }
@@ -98,11 +99,11 @@ impl WindowSlot for Slot {
 
 impl Slot {
     /// Takes the places noted since the last call.
-    pub(crate) fn places(&self) -> Vec<Option<u64>> {
+    pub fn places(&self) -> Vec<Option<u64>> {
         std::mem::take(&mut lock(&self.places))
     }
 
-    pub(crate) fn refuse(&self, refuse: bool) {
+    pub fn refuse(&self, refuse: bool) {
         self.refuse.store(refuse, Ordering::Relaxed);
     }
 }

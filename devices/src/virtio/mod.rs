@@ -11,8 +11,9 @@ pub mod rng;
 pub mod transport;
 pub mod vsock;
 
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 
 use std::io;
 use std::sync::Arc;

@@ -1,10 +1,13 @@
 //! The other side: guest memory, and a driver that sets up a device by hand through the registers.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and fuzzers fail so")]
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, GuestRegionMmap};
 
 use super::{VIRTIO_F_VERSION_1, VirtioDevice, VirtioPci};
 use crate::bus::BusDevice;
@@ -13,28 +16,28 @@ use crate::pci::testing::Controller;
 use crate::pci::{AddressWindow, AddressWindows, PciRoot};
 
 /// Guest RAM: 4 MiB from 0 on.
-pub(super) const RAM: u64 = 4 << 20;
+pub const RAM: u64 = 4 << 20;
 /// A region that says of itself that it is a DAX window.
-pub(super) const WINDOW: u64 = 1 << 32;
-pub(super) const WINDOW_SIZE: usize = 2 << 20;
+pub const WINDOW: u64 = 1 << 32;
+pub const WINDOW_SIZE: usize = 2 << 20;
 
-pub(super) const MMIO32: u64 = 0xc000_0000;
-pub(super) const MMIO64: u64 = 1 << 36;
+pub const MMIO32: u64 = 0xc000_0000;
+pub const MMIO64: u64 = 1 << 36;
 
 /// Offsets in the common configuration.
-pub(super) const STATUS: u64 = 20;
-pub(super) const QUEUE_SELECT: u64 = 22;
-pub(super) const QUEUE_SIZE: u64 = 24;
-pub(super) const QUEUE_VECTOR: u64 = 26;
-pub(super) const QUEUE_ENABLE: u64 = 28;
+pub const STATUS: u64 = 20;
+pub const QUEUE_SELECT: u64 = 22;
+pub const QUEUE_SIZE: u64 = 24;
+pub const QUEUE_VECTOR: u64 = 26;
+pub const QUEUE_ENABLE: u64 = 28;
 
 /// `VIRTQ_DESC_F_*`.
-pub(super) const NEXT: u16 = 1;
-pub(super) const WRITE: u16 = 2;
-pub(super) const INDIRECT: u16 = 4;
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
 
 /// RAM, and a window at [`WINDOW`].
-pub(super) fn memory() -> AtomicGuestMemory {
+pub fn memory() -> AtomicGuestMemory {
     let ram = MmapRegionBuilder::new(RAM as usize)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
@@ -53,7 +56,7 @@ pub(super) fn memory() -> AtomicGuestMemory {
 
 /// Where the driver keeps a queue: in pages of its own.
 #[derive(Clone, Copy)]
-pub(super) struct DriverQueue {
+pub struct DriverQueue {
     size: u16,
     base: u64,
     available: u16,
@@ -61,24 +64,24 @@ pub(super) struct DriverQueue {
 }
 
 impl DriverQueue {
-    pub(super) fn new(index: u16, size: u16) -> Self {
+    pub fn new(index: u16, size: u16) -> Self {
         Self { size, base: 0x10_0000 + u64::from(index) * 0x1_0000, available: 0, used: 0 }
     }
 
-    pub(super) fn descriptors(&self) -> u64 {
+    pub fn descriptors(&self) -> u64 {
         self.base
     }
 
-    pub(super) fn driver(&self) -> u64 {
+    pub fn driver(&self) -> u64 {
         self.base + 0x8000
     }
 
-    pub(super) fn device(&self) -> u64 {
+    pub fn device(&self) -> u64 {
         self.base + 0xc000
     }
 
     /// Writes a descriptor: address, length, flags, next.
-    pub(super) fn describe(
+    pub fn describe(
         &self,
         memory: &GuestMemory,
         index: u16,
@@ -92,36 +95,36 @@ impl DriverQueue {
     }
 
     /// Puts a head in the available ring, and only then moves the index.
-    pub(super) fn offer(&mut self, memory: &GuestMemory, head: u16) {
+    pub fn offer(&mut self, memory: &GuestMemory, head: u16) {
         let slot = self.driver() + 4 + 2 * u64::from(self.available % self.size);
         memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.available = self.available.wrapping_add(1);
         self.set_available(memory, self.available);
     }
 
-    pub(super) fn set_available(&self, memory: &GuestMemory, index: u16) {
+    pub fn set_available(&self, memory: &GuestMemory, index: u16) {
         let order = std::sync::atomic::Ordering::Release;
         memory.store(index, GuestAddress(self.driver() + 2), order).unwrap();
     }
 
     /// `used_event`: interrupt when the used index passes this.
-    pub(super) fn set_used_event(&self, memory: &GuestMemory, index: u16) {
+    pub fn set_used_event(&self, memory: &GuestMemory, index: u16) {
         let at = self.driver() + 4 + 2 * u64::from(self.size);
         memory.write_obj(index, GuestAddress(at)).unwrap();
     }
 
-    pub(super) fn avail_event(&self, memory: &GuestMemory) -> u16 {
+    pub fn avail_event(&self, memory: &GuestMemory) -> u16 {
         let at = self.device() + 4 + 8 * u64::from(self.size);
         memory.read_obj(GuestAddress(at)).unwrap()
     }
 
-    pub(super) fn used_index(&self, memory: &GuestMemory) -> u16 {
+    pub fn used_index(&self, memory: &GuestMemory) -> u16 {
         let order = std::sync::atomic::Ordering::Acquire;
         memory.load(GuestAddress(self.device() + 2), order).unwrap()
     }
 
     /// Takes the next entry of the used ring: head and length.
-    pub(super) fn take_used(&mut self, memory: &GuestMemory) -> Option<(u32, u32)> {
+    pub fn take_used(&mut self, memory: &GuestMemory) -> Option<(u32, u32)> {
         if self.used_index(memory) == self.used {
             return None;
         }
@@ -133,7 +136,7 @@ impl DriverQueue {
     }
 }
 
-pub(super) fn write_descriptor(
+pub fn write_descriptor(
     memory: &GuestMemory,
     at: u64,
     (address, len, flags, next): (u64, u32, u16, u16),
@@ -146,26 +149,26 @@ pub(super) fn write_descriptor(
 
 /// A structure that a capability points to: BAR, offset in it, length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Area {
-    pub(super) capability: u64,
-    pub(super) bar: u8,
-    pub(super) id: u8,
-    pub(super) offset: u64,
-    pub(super) len: u64,
+pub struct Area {
+    pub capability: u64,
+    pub bar: u8,
+    pub id: u8,
+    pub offset: u64,
+    pub len: u64,
 }
 
 /// A machine with one virtio device, 00:01.0, and the driver's way to it.
-pub(super) struct Driver {
-    pub(super) memory: AtomicGuestMemory,
-    pub(super) controller: Controller,
+pub struct Driver {
+    pub memory: AtomicGuestMemory,
+    pub controller: Controller,
     ecam: Arc<dyn BusDevice>,
     mmio32: Arc<dyn BusDevice>,
     /// Where BAR 0 is.
-    pub(super) bar: u64,
+    pub bar: u64,
 }
 
 impl Driver {
-    pub(super) fn new(device: Arc<dyn VirtioDevice>) -> Self {
+    pub fn new(device: Arc<dyn VirtioDevice>) -> Self {
         let memory = memory();
         let controller = Controller::default();
         let function = VirtioPci::new(device, memory.clone(), &controller).unwrap();
@@ -186,45 +189,57 @@ impl Driver {
         driver
     }
 
-    pub(super) fn memory(&self) -> impl std::ops::Deref<Target = GuestMemory> + use<> {
+    pub fn memory(&self) -> impl std::ops::Deref<Target = GuestMemory> + use<> {
         self.memory.memory()
     }
 
-    pub(super) fn read_config<const N: usize>(&self, offset: u64) -> [u8; N] {
+    /// Shows a file in the window, from its start on.
+    #[expect(unsafe_code, reason = "mmap over the window's reservation")]
+    pub fn map_window(&self, file: BorrowedFd<'_>, len: usize) {
+        assert!(len <= WINDOW_SIZE);
+        let memory = self.memory();
+        let (region, _) = memory.to_region_addr(GuestAddress(WINDOW)).unwrap();
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: replaces pages of the reservation that this region is, and no others: it is longer.
+        unsafe { mmap(region.as_ptr().cast(), len, protection, flags, file, 0) }.unwrap();
+    }
+
+    pub fn read_config<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         self.ecam.read((1 << 15) + offset, &mut data);
         data
     }
 
-    pub(super) fn write_config(&self, offset: u64, data: &[u8]) {
+    pub fn write_config(&self, offset: u64, data: &[u8]) {
         self.ecam.write((1 << 15) + offset, data);
     }
 
-    pub(super) fn config_dword(&self, offset: u64) -> u32 {
+    pub fn config_dword(&self, offset: u64) -> u32 {
         u32::from_le_bytes(self.read_config(offset))
     }
 
     /// Reads at an offset in BAR 0, by way of the window it is in.
-    pub(super) fn read_bar(&self, offset: u64, data: &mut [u8]) {
+    pub fn read_bar(&self, offset: u64, data: &mut [u8]) {
         self.mmio32.read(self.bar - MMIO32 + offset, data);
     }
 
-    pub(super) fn write_bar(&self, offset: u64, data: &[u8]) {
+    pub fn write_bar(&self, offset: u64, data: &[u8]) {
         self.mmio32.write(self.bar - MMIO32 + offset, data);
     }
 
-    pub(super) fn read<const N: usize>(&self, offset: u64) -> u64 {
+    pub fn read<const N: usize>(&self, offset: u64) -> u64 {
         let mut data = [0; 8];
         self.read_bar(offset, &mut data[..N]);
         u64::from_le_bytes(data)
     }
 
-    pub(super) fn write<const N: usize>(&self, offset: u64, value: u64) {
+    pub fn write<const N: usize>(&self, offset: u64, value: u64) {
         self.write_bar(offset, &value.to_le_bytes()[..N]);
     }
 
     /// All capabilities as id and offset, in the order of the list.
-    pub(super) fn capabilities(&self) -> Vec<(u8, u64)> {
+    pub fn capabilities(&self) -> Vec<(u8, u64)> {
         let mut found = Vec::new();
         let [mut at] = self.read_config::<1>(0x34);
         while at != 0 {
@@ -236,7 +251,7 @@ impl Driver {
     }
 
     /// The first virtio capability of a `cfg_type`.
-    pub(super) fn find(&self, cfg_type: u8) -> Option<Area> {
+    pub fn find(&self, cfg_type: u8) -> Option<Area> {
         let found = self
             .capabilities()
             .into_iter()
@@ -261,22 +276,22 @@ impl Driver {
         })
     }
 
-    pub(super) fn status(&self) -> u64 {
+    pub fn status(&self) -> u64 {
         self.read::<1>(STATUS)
     }
 
-    pub(super) fn set_status(&self, status: u64) {
+    pub fn set_status(&self, status: u64) {
         self.write::<1>(STATUS, status);
     }
 
     /// Resets the device, and waits until that is done (4.1.4.3.2).
-    pub(super) fn reset(&self) {
+    pub fn reset(&self) {
         self.set_status(0);
         self.wait_until_reset();
     }
 
     /// Waits for the end of a reset.
-    pub(super) fn wait_until_reset(&self) {
+    pub fn wait_until_reset(&self) {
         let start = Instant::now();
         while self.status() != 0 {
             assert!(start.elapsed() < Duration::from_secs(10), "the reset does not end");
@@ -284,14 +299,14 @@ impl Driver {
         }
     }
 
-    pub(super) fn accept(&self, features: u64) {
+    pub fn accept(&self, features: u64) {
         for select in 0..2 {
             self.write::<4>(8, select);
             self.write::<4>(12, features >> (32 * select) & 0xffff_ffff);
         }
     }
 
-    pub(super) fn offered(&self) -> u64 {
+    pub fn offered(&self) -> u64 {
         (0..2).fold(0, |features, select| {
             self.write::<4>(0, select);
             features | self.read::<4>(4) << (32 * select)
@@ -299,7 +314,7 @@ impl Driver {
     }
 
     /// The steps of 3.1.1 up to FEATURES_OK, with VERSION_1 and `features`.
-    pub(super) fn negotiate(&self, features: u64) {
+    pub fn negotiate(&self, features: u64) {
         self.reset();
         self.set_status(1);
         self.set_status(3);
@@ -309,7 +324,7 @@ impl Driver {
     }
 
     /// Clears the rings and enables the queue, with vector `index + 1`.
-    pub(super) fn enable(&self, index: u16, size: u16) -> DriverQueue {
+    pub fn enable(&self, index: u16, size: u16) -> DriverQueue {
         let queue = DriverQueue::new(index, size);
         let zeros = [0; 0x1_0000];
         let base = GuestAddress(queue.descriptors());
@@ -328,7 +343,7 @@ impl Driver {
 
     /// Enables MSI-X and opens all vectors, each with its number as data; vector 0 is for configuration
     /// changes.
-    pub(super) fn enable_interrupts(&self) {
+    pub fn enable_interrupts(&self) {
         let at = self.msix();
         let [low, high] = self.read_config::<2>(at + 2);
         let count = (u16::from_le_bytes([low, high]) & 0x7ff) + 1;
@@ -342,13 +357,13 @@ impl Driver {
     }
 
     /// Offset of the MSI-X capability.
-    pub(super) fn msix(&self) -> u64 {
+    pub fn msix(&self) -> u64 {
         let found = self.capabilities().into_iter().find(|(id, _)| *id == 0x11);
         found.unwrap().1
     }
 
     /// A device that is up, with the given queues.
-    pub(super) fn start(&self, features: u64, queues: &[(u16, u16)]) -> Vec<DriverQueue> {
+    pub fn start(&self, features: u64, queues: &[(u16, u16)]) -> Vec<DriverQueue> {
         self.negotiate(features);
         self.enable_interrupts();
         let queues = queues.iter().map(|(index, size)| self.enable(*index, *size));
@@ -359,29 +374,29 @@ impl Driver {
     }
 
     /// Rings a queue's doorbell.
-    pub(super) fn notify(&self, queue: u16) {
+    pub fn notify(&self, queue: u16) {
         let area = self.find(2).unwrap();
         self.write::<2>(area.offset + 4 * u64::from(queue), queue.into());
     }
 
     /// Waits for interrupt number `count` of a queue.
-    pub(super) fn wait(&self, queue: u16, count: usize) {
+    pub fn wait(&self, queue: u16, count: usize) {
         let seen = self.controller.wait(usize::from(queue) + 1, count);
         assert_eq!(seen, count, "interrupts of queue {queue}");
     }
 
     /// Waits until the device says that it needs a reset, and has interrupted to say so.
-    pub(super) fn wait_until_broken(&self) {
+    pub fn wait_until_broken(&self) {
         assert_eq!(self.controller.wait(0, 1), 1, "configuration interrupts");
         assert_eq!(self.status() & 64, 64);
     }
 }
 
 /// Numbers without a pattern, the same in every run (xorshift64).
-pub(super) struct Noise(pub(super) u64);
+pub struct Noise(pub u64);
 
 impl Noise {
-    pub(super) fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -389,12 +404,12 @@ impl Noise {
     }
 
     /// A number below `end`.
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
     /// One of `choices`.
-    pub(super) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as u64) as usize]
     }
 }
