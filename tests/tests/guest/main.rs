@@ -14,6 +14,7 @@ mod clients;
 mod commands;
 mod dax;
 mod dispatch;
+mod hostile;
 mod hung;
 mod identity;
 mod kata;

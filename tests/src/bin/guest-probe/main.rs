@@ -5,6 +5,7 @@
 
 mod bench;
 mod files;
+mod hostile;
 mod kata;
 mod litmus;
 mod locks;
@@ -39,11 +40,13 @@ fn main() -> ExitCode {
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
         ["pages", size, file] => wander::write(size, file.as_ref()),
         ["wander", file] => wander::wander(file.as_ref()),
+        ["hostile", tag] => hostile::attack(tag),
+        ["touch-window", tag] => hostile::touch_window(tag),
         ["vsock"] => vsock::serve(),
         ["vsock-pipe", port] => vsock::pipe(port),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|lock|locks|read-only|map|bench|litmus|cut|noise|pages|wander|vsock|vsock-pipe \
-             …, not {words:?}"
+            "guest-probe files|lock|locks|read-only|map|bench|litmus|cut|noise|pages|wander|hostile|touch-window|\
+             vsock|vsock-pipe …, not {words:?}"
         )),
     };
     match result {
