@@ -31,6 +31,7 @@ pub mod tree;
 pub mod virtio;
 
 mod budget;
+mod complaint;
 #[cfg(test)]
 mod costs;
 #[cfg(test)]

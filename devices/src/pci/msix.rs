@@ -8,6 +8,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use super::{InterruptController, MsiMessage, MsiVector};
+use crate::complaint::complain;
 use crate::sync::lock;
 
 /// The capability's id.
@@ -202,7 +203,7 @@ impl Entry {
             self.connected = match self.vector.connect(message) {
                 Ok(()) => message,
                 Err(error) => {
-                    log::warn!("an interrupt vector could not be connected: {error}");
+                    complain!("an interrupt vector could not be connected: {error}");
                     None
                 }
             };

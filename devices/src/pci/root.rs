@@ -17,6 +17,7 @@ use vm_memory::GuestAddress;
 use super::configuration::{Bar, BarKind, CONFIGURATION_SIZE, Configuration, Identity};
 use super::{PciFunction, WindowSlot};
 use crate::bus::BusDevice;
+use crate::complaint::complain;
 use crate::sync::{lock, read, write};
 
 /// Bytes of the memory-mapped configuration space of bus 0: 32 devices of 8 functions of 4 KiB.
@@ -337,7 +338,7 @@ impl Inner {
 fn place(window: &dyn WindowSlot, address: Option<u64>) -> bool {
     window
         .place(address.map(GuestAddress))
-        .inspect_err(|error| log::warn!("a window could not be placed at {address:x?}: {error}"))
+        .inspect_err(|error| complain!("a window could not be placed at {address:x?}: {error}"))
         .is_ok()
 }
 

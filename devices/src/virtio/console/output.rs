@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::complaint::complain;
 use crate::memory::AtomicGuestMemory;
 use crate::sync::lock;
 use crate::virtio::queue::QueueError;
@@ -119,7 +120,7 @@ impl Transmitter {
 
     fn give_up(&self, reason: &dyn std::fmt::Display) {
         if let Some(active) = lock(&self.slot).active.take() {
-            log::warn!("queue {} of a console stops: {reason}", active.queue.index);
+            complain!("queue {} of a console stops: {reason}", active.queue.index);
             active.interrupts.needs_reset();
         }
     }

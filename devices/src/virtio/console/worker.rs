@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{FromDriver, HEADER_SIZE, Unsaid};
 use super::input::Pending;
+use crate::complaint::complain;
 use crate::memory::{AtomicGuestMemory, GuestMemory};
 use crate::virtio::queue::QueueError;
 use crate::virtio::{ActiveQueue, Interrupts};
@@ -77,7 +78,7 @@ impl Worker {
     }
 
     fn give_up(&self, reason: &dyn std::fmt::Display) {
-        log::warn!("the input of a console stops: {reason}");
+        complain!("the input of a console stops: {reason}");
         self.interrupts.needs_reset();
     }
 
@@ -127,7 +128,7 @@ impl Worker {
             FromDriver::DeviceReady(true) => {
                 self.ports.iter_mut().for_each(|port| port.unsaid.add = true);
             }
-            FromDriver::DeviceReady(false) => log::warn!("a guest cannot use its console"),
+            FromDriver::DeviceReady(false) => complain!("a guest cannot use its console"),
             FromDriver::PortReady(id, true) => {
                 if let Some(port) = self.port(id) {
                     port.host_open = true;
@@ -135,7 +136,7 @@ impl Worker {
                     port.unsaid.name = true;
                 }
             }
-            FromDriver::PortReady(id, false) => log::warn!("a guest cannot use console port {id}"),
+            FromDriver::PortReady(id, false) => complain!("a guest cannot use console port {id}"),
             FromDriver::PortOpen(id, open) => {
                 if let Some(port) = self.port(id) {
                     port.guest_open = open;

@@ -12,6 +12,7 @@ use super::Server;
 use super::device::HIPRIO_QUEUES;
 use super::dispatch::{BATCH, Counts, DEEP, Dispatch, MOST_THREADS};
 use super::thread::{Spawn, Thread};
+use crate::complaint::complain;
 use crate::fuse::{Completion, Deferral, Served};
 use crate::memory::{AtomicGuestMemory, BufferPlace, GuestMemory};
 use crate::sync::lock;
@@ -200,7 +201,7 @@ impl Worker {
         if self.stopped.swap(true, Ordering::SeqCst) {
             return;
         }
-        log::warn!("queue {} of a file system stops: {reason}", self.index);
+        complain!("queue {} of a file system stops: {reason}", self.index);
         self.service.interrupts.needs_reset();
         self.called.notify_all();
     }

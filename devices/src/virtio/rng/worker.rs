@@ -7,6 +7,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::complaint::complain;
 use crate::memory::{AtomicGuestMemory, GuestBuffer};
 use crate::virtio::queue::QueueError;
 use crate::virtio::{ActiveQueue, Interrupts};
@@ -48,7 +49,7 @@ impl Worker {
     }
 
     fn give_up(&self, reason: &dyn std::fmt::Display) {
-        log::warn!("an entropy device stops: {reason}");
+        complain!("an entropy device stops: {reason}");
         self.interrupts.needs_reset();
     }
 

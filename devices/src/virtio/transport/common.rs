@@ -7,6 +7,7 @@ use std::time::Duration;
 use vm_memory::GuestAddressSpace;
 
 use super::signals::{NO_VECTOR, Signals};
+use crate::complaint::complain;
 use crate::memory::AtomicGuestMemory;
 use crate::sync::lock;
 use crate::virtio::queue::Rings;
@@ -267,7 +268,7 @@ impl CommonConfiguration {
                 Err(error) => {
                     // Once: the guest can try again as often as it likes.
                     if !self.signals.is_broken() {
-                        log::warn!("queue {select} cannot be enabled: {error}");
+                        complain!("queue {select} cannot be enabled: {error}");
                     }
                     self.signals.needs_reset();
                 }
@@ -290,7 +291,7 @@ impl CommonConfiguration {
         }
         state.status |= added & (ACKNOWLEDGE | FAILED);
         if added & FAILED != 0 {
-            log::info!("the driver of a virtio device has given up");
+            complain!("the driver of a virtio device has given up");
             self.signals.set_running(false);
         }
         // Each of the next bits needs the one before (3.1.1); one that comes too early is not kept.
@@ -316,7 +317,7 @@ impl CommonConfiguration {
     fn activate(&self, state: &State) {
         self.signals.set_driver_ok();
         if self.signals.is_broken() {
-            log::warn!("a virtio device with a broken queue stays inactive");
+            complain!("a virtio device with a broken queue stays inactive");
             self.signals.notify_configuration();
             return;
         }
@@ -339,7 +340,7 @@ impl CommonConfiguration {
         match activated {
             Ok(()) => self.signals.set_running(true),
             Err(error) => {
-                log::error!("a virtio device could not be started: {error}");
+                complain!("a virtio device could not be started: {error}");
                 self.signals.needs_reset();
             }
         }

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::host::{HostSide, SOCKET_EVENTS};
 use super::poll::{Poll, Waiter};
 use super::streams::Streams;
+use crate::complaint::complain;
 use crate::memory::{AtomicGuestMemory, GuestMemory};
 use crate::sync::lock;
 use crate::virtio::queue::QueueError;
@@ -179,7 +180,7 @@ impl State {
         match served {
             Ok(more) => more,
             Err(error) => {
-                log::warn!("vsock stops until the guest resets it: {error}");
+                complain!("vsock stops until the guest resets it: {error}");
                 active.interrupts.needs_reset();
                 self.active = None;
                 self.lost |= self.streams.reset();
