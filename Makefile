@@ -15,11 +15,11 @@ PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
            kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window tests/killed-waiter \
-           tests/dax tests/sandbox tests/suite tests/bench rootfs/image \
+           tests/dax tests/sandbox tests/suite tests/bench rootfs/image fuzz/run \
            $(wildcard tests/suites/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build kernel system demo test lint unit door suites-quick suites integration bench install tools
+.PHONY: help build kernel system demo test lint unit door fuzz suites-quick suites integration bench install tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -42,10 +42,11 @@ demo: build kernel ## share a directory with a guest and look at it from both si
 	$(unpack)
 	WITH_KVM_CPUS=1 tests/with-kvm tests/demo
 
-test: lint unit door suites-quick integration ## everything a change must pass
+test: lint unit door fuzz suites-quick integration ## everything a change must pass
 
 lint: tools ## formatting, clippy, the scripts' syntax
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets -j$(jobs) -- -D warnings
 	for script in $(scripts); do bash -n "$$script" || exit 1; done
 	if command -v shellcheck >/dev/null; then shellcheck -S warning -x $(scripts); fi
@@ -58,6 +59,21 @@ unit: tools ## the tests that need no virtual machine
 
 door: tools ## the tests of a share on /dev/fuse: here as root, else in the emulated machine
 	$(in_fuse) WITH_KVM_CPUS=1 cargo test -j$(jobs) -p integration --test door
+
+# The fuzzer itself is C++, and comes as a crate.
+fuzz: tools ## fuzz what a guest can touch: a minute for each target, and two to build them
+	@if ! command -v c++ >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "make: installing g++" >&2; \
+			DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends g++ >/dev/null || \
+				{ apt-get -q update >/dev/null; \
+				DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends g++ >/dev/null; }; \
+		else \
+			echo "make: a C++ compiler is missing: apt-get install g++ (Fedora: dnf install gcc-c++)" >&2; \
+			exit 1; \
+		fi; \
+	fi
+	fuzz/run --jobs $(jobs)
 
 suites-quick: tools ## a small part of what `make suites` runs on /dev/fuse: two minutes, two more the first time
 	JOBS=$(jobs) tests/suite --quick --where-possible pjdfstest stress-ng fsx fio sqlite git tar find
