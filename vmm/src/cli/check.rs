@@ -57,7 +57,7 @@ pub fn check(args: &CheckArgs) -> Result<u8> {
     }
     match kernel::find(args.kernel.as_deref(), true) {
         Ok(kernel) => {
-            let size = kernel.file.bytes.len() >> 20;
+            let size = kernel.file.contents.len() >> 20;
             let path = kernel.file.path.display();
             report.good("kernel", format_args!("{path} ({:?}, {size} MiB)", kernel.file.format));
             if kernel.modules.is_none() {

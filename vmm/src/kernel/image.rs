@@ -1,7 +1,7 @@
 //! Kernel images: an ELF `vmlinux` or a `bzImage`, entered by the 64-bit boot protocol
 //! (`Documentation/arch/x86/boot.rst`).
 
-use std::io::Cursor;
+use std::io::{Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,8 +12,9 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{Cmdline, KernelLoader, load_cmdline};
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, ReadVolatile};
 
+use super::contents::{Contents, from_its_beginning};
 use super::unpack::payload;
 use crate::machine::layout;
 
@@ -50,14 +51,14 @@ const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 const PAGE: u64 = 4096;
 
-/// A file that is a kernel of ours: checked, and read.
+/// A file that is a kernel of ours.
 pub struct KernelFile {
     /// Where it came from.
     pub path: PathBuf,
     /// What is in it.
     pub format: Format,
     /// The whole file.
-    pub bytes: Vec<u8>,
+    pub contents: Contents,
 }
 
 /// Kind of kernel file.
@@ -70,50 +71,53 @@ pub enum Format {
 }
 
 impl KernelFile {
-    /// Reads `path` and makes sure that it is a kernel for x86-64.
+    /// Opens `path` and makes sure that it is a kernel for x86-64.
     ///
     /// # Errors
     ///
     /// One line that says what it is not.
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display();
-        let bytes =
-            std::fs::read(path).with_context(|| format!("cannot read the kernel {name}"))?;
-        let format = Self::detect(&bytes).with_context(|| {
+        let read = || format!("cannot read the kernel {name}");
+        let contents = Contents::open(path).with_context(read)?;
+        let head = contents.head().with_context(read)?;
+        let format = Self::detect(&head, contents.len()).with_context(|| {
             format!("{name} is no kernel for this machine; name a vmlinux or a bzImage for x86-64")
         })?;
-        Ok(Self { path: path.into(), format, bytes })
+        drop(head);
+        Ok(Self { path: path.into(), format, contents })
     }
 
-    /// What kind of kernel `bytes` is.
+    /// What kind of kernel a file of `size` bytes is that begins with `head`.
     ///
     /// # Errors
     ///
     /// What is missing.
-    pub fn detect(bytes: &[u8]) -> Result<Format> {
-        let word = |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
-        if bytes.starts_with(ELF_MAGIC) {
-            ensure!(bytes.get(4) == Some(&ELF_CLASS_64), "it is a 32-bit ELF file");
+    pub fn detect(head: &[u8], size: u64) -> Result<Format> {
+        let word = |at: usize| Some(u16::from_le_bytes(head.get(at..at + 2)?.try_into().ok()?));
+        if head.starts_with(ELF_MAGIC) {
+            ensure!(head.get(4) == Some(&ELF_CLASS_64), "it is a 32-bit ELF file");
             ensure!(
                 word(18) == Some(ELF_MACHINE_X86_64),
                 "it is an ELF file for another processor"
             );
-            ensure!(has_kernel_segment(bytes), "it is an ELF file, but a program and no kernel");
+            ensure!(has_kernel_segment(head), "it is an ELF file, but a program and no kernel");
             return Ok(Format::Vmlinux);
         }
-        let magic = bytes.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + HEADER_MAGIC.len());
+        let magic = head.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + HEADER_MAGIC.len());
         if magic != Some(HEADER_MAGIC) {
             bail!("it is neither an ELF file nor a bzImage");
         }
         let flags = word(XLOADFLAGS_OFFSET).unwrap_or(0);
         let has_flags = word(VERSION_OFFSET).is_some_and(|version| version >= VERSION_XLOADFLAGS);
         ensure!(has_flags && flags & XLF_KERNEL_64 != 0, "it is a bzImage without a 64-bit entry");
-        ensure!(payload(bytes).is_some(), "it is a bzImage whose end is missing");
+        let end = payload(head).map(|payload| payload.end as u64);
+        ensure!(end.is_some_and(|end| end <= size), "it is a bzImage whose end is missing");
         Ok(Format::BzImage)
     }
 }
 
-/// Whether an ELF file has something to load in the kernel's half of the address space.
+/// Whether an ELF file that begins with `bytes` has something to load in the kernel's half of the address space.
 fn has_kernel_segment(bytes: &[u8]) -> bool {
     let field = |at: usize| {
         let bytes = bytes.get(at..at.checked_add(8)?)?;
@@ -135,8 +139,8 @@ fn has_kernel_segment(bytes: &[u8]) -> bool {
 pub struct BootImage {
     /// The kernel.
     pub kernel: KernelFile,
-    /// The initial RAM file system; may be empty.
-    pub initrd: Vec<u8>,
+    /// The archives that the initial RAM file system is made of, one after the other; there may be none.
+    pub initrd: Vec<Contents>,
     /// The kernel command line.
     pub cmdline: String,
 }
@@ -149,25 +153,13 @@ impl BootImage {
     ///
     /// When something does not fit, with the option that helps.
     pub fn load(&self, memory: &GuestMemory, acpi: u64) -> Result<u64> {
-        let name = self.kernel.path.display();
-        let mut file = Cursor::new(&self.kernel.bytes);
-        let (entry, end, mut header) = match self.kernel.format {
-            Format::Vmlinux => {
-                let high = Some(GuestAddress(layout::HIGH_MEMORY));
-                let loaded = Elf::load(memory, None, &mut file, high)
-                    .map_err(|error| load_error(&name, &error))?;
-                (loaded.kernel_load.0, loaded.kernel_end, setup_header::default())
+        let (entry, end, mut header) = match &self.kernel.contents {
+            Contents::File(file, _) => {
+                let mut file = from_its_beginning(file).context("kernel")?;
+                self.load_kernel(memory, &mut file)
             }
-            Format::BzImage => {
-                let at = Some(GuestAddress(layout::KERNEL));
-                let loaded = BzImage::load(memory, at, &mut file, None)
-                    .map_err(|error| load_error(&name, &error))?;
-                let header = loaded.setup_header.context("bzImage without a header")?;
-                // It unpacks itself in place and needs more room than the file.
-                let end = layout::KERNEL + u64::from(header.init_size);
-                (layout::KERNEL + BZIMAGE_ENTRY_64, end.max(loaded.kernel_end), header)
-            }
-        };
+            Contents::Bytes(bytes) => self.load_kernel(memory, &mut Cursor::new(bytes)),
+        }?;
         header.boot_flag = BOOT_FLAG;
         header.header = u32::from_le_bytes(*b"HdrS");
         header.type_of_loader = LOADER_UNDEFINED;
@@ -176,7 +168,7 @@ impl BootImage {
         }
         let initrd = self.load_initrd(memory, end)?;
         header.ramdisk_image = initrd as u32;
-        header.ramdisk_size = self.initrd.len() as u32;
+        header.ramdisk_size = self.initrd_size() as u32;
         header.cmd_line_ptr = layout::CMDLINE as u32;
         header.cmdline_size = self.load_cmdline(memory)? as u32;
         let mut zero_page = boot_params { hdr: header, acpi_rsdp_addr: acpi, ..Default::default() };
@@ -186,14 +178,45 @@ impl BootImage {
         Ok(entry)
     }
 
+    /// Entry point, where free memory begins, and what the kernel says of itself.
+    fn load_kernel<F: Read + ReadVolatile + Seek>(
+        &self,
+        memory: &GuestMemory,
+        file: &mut F,
+    ) -> Result<(u64, u64, setup_header)> {
+        let name = self.kernel.path.display();
+        Ok(match self.kernel.format {
+            Format::Vmlinux => {
+                let high = Some(GuestAddress(layout::HIGH_MEMORY));
+                let loaded = Elf::load(memory, None, file, high)
+                    .map_err(|error| load_error(&name, &error))?;
+                (loaded.kernel_load.0, loaded.kernel_end, setup_header::default())
+            }
+            Format::BzImage => {
+                let at = Some(GuestAddress(layout::KERNEL));
+                let loaded = BzImage::load(memory, at, file, None)
+                    .map_err(|error| load_error(&name, &error))?;
+                let header = loaded.setup_header.context("bzImage without a header")?;
+                // It unpacks itself in place and needs more room than the file.
+                let end = layout::KERNEL + u64::from(header.init_size);
+                (layout::KERNEL + BZIMAGE_ENTRY_64, end.max(loaded.kernel_end), header)
+            }
+        })
+    }
+
+    fn initrd_size(&self) -> u64 {
+        self.initrd.iter().map(Contents::len).fold(0, u64::saturating_add)
+    }
+
     /// At the end of the RAM below the hole, where the kernel never is.
     fn load_initrd(&self, memory: &GuestMemory, kernel_end: u64) -> Result<u64> {
-        if self.initrd.is_empty() {
+        let size = self.initrd_size();
+        if size == 0 {
             return Ok(0);
         }
         let low_ram = memory.iter().next().map_or(0, |region| region.len());
-        let size = self.initrd.len() as u64;
-        let address = low_ram.checked_sub(layout::REGION_TAIL + size).map(|at| at & !(PAGE - 1));
+        let address = low_ram.checked_sub(size.saturating_add(layout::REGION_TAIL));
+        let address = address.map(|address| address & !(PAGE - 1));
         let address = address.filter(|address| *address >= kernel_end).with_context(|| {
             format!(
                 "--memory: {} MiB do not hold the kernel and an initrd of {} MiB; give more",
@@ -201,7 +224,11 @@ impl BootImage {
                 (size >> 20) + 1
             )
         })?;
-        memory.write_slice(&self.initrd, GuestAddress(address)).context("initrd")?;
+        let mut at = address;
+        for contents in &self.initrd {
+            contents.load(memory, GuestAddress(at)).context("initrd")?;
+            at += contents.len();
+        }
         Ok(address)
     }
 
@@ -254,6 +281,10 @@ fn add_memory_map(memory: &GuestMemory, zero_page: &mut boot_params) -> Result<(
 mod tests {
     use super::*;
 
+    fn detect(bytes: &[u8]) -> Result<Format> {
+        KernelFile::detect(bytes, bytes.len() as u64)
+    }
+
     fn bzimage(flags: u16) -> Vec<u8> {
         let mut bytes = vec![0; 0x1000];
         bytes[HEADER_MAGIC_OFFSET..][..4].copy_from_slice(HEADER_MAGIC);
@@ -264,24 +295,24 @@ mod tests {
 
     #[test]
     fn kernels_are_told_from_other_files() {
-        assert_eq!(KernelFile::detect(&bzimage(1)).unwrap(), Format::BzImage);
-        assert!(KernelFile::detect(&bzimage(0)).is_err());
-        assert!(KernelFile::detect(&bzimage(1)[..0x800]).is_err(), "cut off");
-        assert!(KernelFile::detect(b"#!/bin/sh\n").is_err());
-        assert!(KernelFile::detect(b"").is_err());
+        assert_eq!(detect(&bzimage(1)).unwrap(), Format::BzImage);
+        assert!(detect(&bzimage(0)).is_err());
+        assert!(detect(&bzimage(1)[..0x800]).is_err(), "cut off");
+        assert!(detect(b"#!/bin/sh\n").is_err());
+        assert!(detect(b"").is_err());
         let mut elf = vec![0; 64 + 56];
         elf[..5].copy_from_slice(b"\x7fELF\x02");
-        assert!(KernelFile::detect(&elf).is_err());
+        assert!(detect(&elf).is_err());
         elf[18] = 62;
         elf[32] = 64; // e_phoff
         elf[56] = 1; // e_phnum
         elf[64] = 1; // PT_LOAD
         elf[64 + 18] = 0x40; // p_vaddr: 0x400000, a program's
-        assert!(KernelFile::detect(&elf).is_err());
+        assert!(detect(&elf).is_err());
         elf[56] = 0xff; // more headers than there are
-        assert!(KernelFile::detect(&elf).is_err());
+        assert!(detect(&elf).is_err());
         elf[64 + 16..64 + 24].copy_from_slice(&0xffff_ffff_8100_0000u64.to_le_bytes());
-        assert_eq!(KernelFile::detect(&elf).unwrap(), Format::Vmlinux);
+        assert_eq!(detect(&elf).unwrap(), Format::Vmlinux);
     }
 
     #[test]
@@ -290,7 +321,11 @@ mod tests {
         let mut bytes = bzimage(1);
         bytes[0x211] = 1; // loadflags: LOADED_HIGH
         bytes[0x1f1] = 200; // setup_sects: more than the file
-        let kernel = KernelFile { path: "k".into(), format: Format::BzImage, bytes };
+        let kernel = KernelFile {
+            path: "k".into(),
+            format: Format::BzImage,
+            contents: Contents::Bytes(bytes),
+        };
         let image = BootImage { kernel, initrd: Vec::new(), cmdline: String::new() };
         assert!(image.load(&memory, 0).is_err());
     }
@@ -298,8 +333,16 @@ mod tests {
     #[test]
     fn an_initrd_that_does_not_fit_names_the_option() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap();
-        let kernel = KernelFile { path: "k".into(), format: Format::Vmlinux, bytes: Vec::new() };
-        let image = BootImage { kernel, initrd: vec![0; 31 << 20], cmdline: String::new() };
+        let kernel = KernelFile {
+            path: "k".into(),
+            format: Format::Vmlinux,
+            contents: Contents::Bytes(Vec::new()),
+        };
+        let image = BootImage {
+            kernel,
+            initrd: vec![Contents::Bytes(vec![0; 31 << 20])],
+            cmdline: String::new(),
+        };
         let error = image.load_initrd(&memory, 2 << 20).unwrap_err();
         assert!(error.to_string().contains("--memory"), "{error}");
         assert_eq!(image.load_initrd(&memory, 0).unwrap() % PAGE, 0);

@@ -5,13 +5,15 @@
 //! the unpacking code does.
 
 use std::fs::DirBuilder;
-use std::hash::{DefaultHasher, Hasher};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::contents::Contents;
 use super::image::{Format, KernelFile};
 
 /// `setup_header` fields, as offsets in a bzImage.
@@ -24,6 +26,11 @@ const DEFAULT_SETUP_SECTS: usize = 4;
 
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+
+/// What names of unpacked kernels begin with.
+const CACHED: &str = "vmlinux-";
+/// So many are kept, some 50 MiB each: more kernels than this nobody boots in turn.
+const KEPT: usize = 4;
 
 /// No kernel is larger. A bound on what a broken or hostile file can make us hold.
 const UNPACKED_MAX: u64 = 512 << 20;
@@ -41,7 +48,7 @@ pub fn unpacked(file: KernelFile) -> KernelFile {
 }
 
 fn try_unpacked(file: &KernelFile) -> Result<KernelFile> {
-    let cache = cache_path(&file.bytes);
+    let cache = cache_path(&file.contents);
     if let Some(cache) = &cache
         && is_private(cache)
         && let Ok(kernel) = KernelFile::open(cache)
@@ -50,8 +57,8 @@ fn try_unpacked(file: &KernelFile) -> Result<KernelFile> {
         return Ok(kernel);
     }
     log::info!("unpacking {}", file.path.display());
-    let bytes = unpack(&file.bytes)?;
-    let format = KernelFile::detect(&bytes).context("what was unpacked")?;
+    let bytes = unpack(&file.contents.bytes()?)?;
+    let format = KernelFile::detect(&bytes, bytes.len() as u64).context("what was unpacked")?;
     if format != Format::Vmlinux {
         bail!("what was unpacked is no vmlinux");
     }
@@ -60,18 +67,34 @@ fn try_unpacked(file: &KernelFile) -> Result<KernelFile> {
     {
         log::info!("not kept in {}: {error:#}", cache.display());
     }
-    Ok(KernelFile { path: file.path.clone(), format, bytes })
+    Ok(KernelFile { path: file.path.clone(), format, contents: Contents::Bytes(bytes) })
 }
 
 /// Named after what it was unpacked from, so that another kernel is another name.
-fn cache_path(kernel: &[u8]) -> Option<PathBuf> {
+fn cache_path(kernel: &Contents) -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let directory = variable("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
+    let number = identity(kernel).ok()?;
+    Some(directory.join("oriel").join(format!("{CACHED}{number:016x}")))
+}
+
+/// Another number whenever a kernel is another one or was written to. For that not all of a file is read: how it begins,
+/// its size and the times of its last changes, one of which nobody can set. Not where it is, which a machine that has
+/// the file from another one sees otherwise.
+fn identity(kernel: &Contents) -> std::io::Result<u64> {
     let mut hasher = DefaultHasher::new();
-    hasher.write(kernel);
-    Some(directory.join("oriel").join(format!("vmlinux-{:016x}", hasher.finish())))
+    match kernel {
+        Contents::File(file, size) => {
+            let file = file.metadata()?;
+            (size, file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec())
+                .hash(&mut hasher);
+            hasher.write(&kernel.head()?);
+        }
+        Contents::Bytes(bytes) => hasher.write(bytes),
+    }
+    Ok(hasher.finish())
 }
 
 /// Whether only this user can have written the file: what is in it boots with the user's shares.
@@ -92,12 +115,30 @@ fn store(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(directory)?;
     file.write_all(bytes)?;
     file.persist(path)?;
+    forget_oldest(directory);
     Ok(())
+}
+
+/// Removes those that were unpacked before the last [`KEPT`]: of kernels that are there no more, most likely.
+fn forget_oldest(directory: &Path) {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut cached: Vec<_> = entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(CACHED))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    cached.sort();
+    let many = cached.len().saturating_sub(KEPT);
+    for (_, path) in cached.iter().take(many) {
+        // Somebody else may have removed it just now. Whoever boots it has it open.
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 /// Takes the kernel out of a bzImage.
 fn unpack(image: &[u8]) -> Result<Vec<u8>> {
-    let payload = payload(image).context("the bzImage's header points outside of it")?;
+    let payload = payload(image)
+        .and_then(|payload| image.get(payload))
+        .context("the bzImage's header points outside of it")?;
     let mut bytes = Vec::new();
     if payload.starts_with(GZIP_MAGIC) {
         let unpacker = flate2::read::GzDecoder::new(payload);
@@ -105,7 +146,7 @@ fn unpack(image: &[u8]) -> Result<Vec<u8>> {
     } else if payload.starts_with(ZSTD_MAGIC) {
         let unpacker = ruzstd::decoding::StreamingDecoder::new(payload)?;
         unpacker.take(UNPACKED_MAX).read_to_end(&mut bytes).context("zstd")?;
-    } else if KernelFile::detect(payload).is_ok() {
+    } else if KernelFile::detect(payload, payload.len() as u64).is_ok() {
         bytes.extend_from_slice(payload);
     } else {
         bail!("it is packed in neither gzip nor zstd");
@@ -113,18 +154,18 @@ fn unpack(image: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The packed kernel in a bzImage; `None` when the file ends before it does.
-pub(super) fn payload(image: &[u8]) -> Option<&[u8]> {
+/// Where the packed kernel is in a bzImage that begins with `head`; `None` when that ends before it can be told.
+pub(super) fn payload(head: &[u8]) -> Option<Range<usize>> {
     let word = |at: usize| {
-        let bytes = image.get(at..at.checked_add(4)?)?;
+        let bytes = head.get(at..at.checked_add(4)?)?;
         usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
     };
-    let sectors = match usize::from(*image.get(SETUP_SECTS_OFFSET)?) {
+    let sectors = match usize::from(*head.get(SETUP_SECTS_OFFSET)?) {
         0 => DEFAULT_SETUP_SECTS,
         sectors => sectors,
     };
     let start = SECTOR * (sectors + 1) + word(PAYLOAD_OFFSET_OFFSET)?;
-    image.get(start..start.checked_add(word(PAYLOAD_LENGTH_OFFSET)?)?)
+    Some(start..start.checked_add(word(PAYLOAD_LENGTH_OFFSET)?)?)
 }
 
 #[cfg(test)]
@@ -163,6 +204,31 @@ mod tests {
             assert!(!is_private(&file));
             std::fs::set_permissions(path, before).unwrap();
         }
+    }
+
+    #[test]
+    fn a_kernel_that_was_written_to_is_another_and_the_oldest_are_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vmlinuz");
+        std::fs::write(&path, b"kernel").unwrap();
+        let number = || identity(&Contents::open(&path).unwrap()).unwrap();
+        let before = number();
+        assert_eq!(before, number());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&path, b"Kernel").unwrap();
+        assert_ne!(before, number());
+
+        let cache = directory.path().join("cache");
+        for name in ["a", "b", "c", "d", "e", "f"] {
+            store(&cache.join(format!("{CACHED}{name}")), b"kernel").unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let mut left: Vec<_> = std::fs::read_dir(&cache)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["c", "d", "e", "f"].map(|name| format!("{CACHED}{name}")));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::identity::Identity;
 use super::window::WindowChoice;
 use crate::bundle::Bundle;
 use crate::cli::{InitrdSource, LiveArg, RunArgs, ShareOptions, UsageError, values};
-use crate::kernel::{Assets, BootImage, Kernel};
+use crate::kernel::{Assets, BootImage, Contents, Kernel};
 use crate::walls;
 
 /// What every kernel is told. `panic=-1`: reset at once, which ends the sandbox, instead of hanging.
@@ -136,7 +136,7 @@ pub fn boot_image(
 ) -> Result<BootImage> {
     let mut cmdline = CMDLINE.to_string();
     let initrd = match &args.initrd {
-        None => own_initrd(args, &kernel, shares, identity)?,
+        None => vec![Contents::Bytes(own_initrd(args, &kernel, shares, identity)?)],
         Some(InitrdSource::None) => {
             if let Some(root) = args.root.is_some().then(|| shares.first()).flatten() {
                 let access = if root.options.read_only { "ro" } else { "rw" };
@@ -150,7 +150,7 @@ pub fn boot_image(
         Some(InitrdSource::File(path)) => {
             let name = path.display();
             let file =
-                std::fs::read(path).with_context(|| format!("--initrd {name}: cannot be read"))?;
+                Contents::open(path).with_context(|| format!("--initrd {name}: cannot be read"))?;
             if args.initrd_modules {
                 let directory = kernel.modules.as_deref().context(
                     "--initrd-modules: there are none beside the kernel, where kernel-config/fetch puts them",
@@ -158,9 +158,9 @@ pub fn boot_image(
                 cmdline += &format!(" rdinit={LOADER_PATH}");
                 // Linux unpacks one archive after the other, whatever each is packed with.
                 let loader = initramfs::build_loader(&Assets::find()?.init, directory);
-                [loader.context("--initrd-modules")?, file].concat()
+                vec![Contents::Bytes(loader.context("--initrd-modules")?), file]
             } else {
-                file
+                vec![file]
             }
         }
     };
