@@ -196,8 +196,6 @@ impl Session {
             | Opcode::CopyFileRange64
             | Opcode::Ioctl
             | Opcode::Setlkw => false,
-            // What has no name any more goes when it is closed, whatever its size.
-            Opcode::Release | Opcode::Releasedir => false,
             Opcode::Interrupt | Opcode::NotifyReply => true,
             Opcode::Forget => self.fs.all_answer_at_once(true),
             Opcode::BatchForget => {

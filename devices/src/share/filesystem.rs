@@ -222,6 +222,10 @@ impl FileSystem for Share {
     }
 
     fn releasedir(&self, caller: Caller, fh: u64) -> Result<()> {
+        if caller.at_once {
+            let handle = self.handles.get(caller.nodeid, fh)?;
+            self.check_close_at_once(&handle)?;
+        }
         self.handles.close(caller.nodeid, fh, |handle| handle.directory().is_ok())
     }
 

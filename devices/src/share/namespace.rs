@@ -22,7 +22,7 @@ use crate::fuse::{Caller, Errno, Result};
 
 /// So many blocks of 512 bytes of a file are given back by who must not wait: 16 MiB, which are some ten
 /// extents.
-const FREED_AT_ONCE: u64 = 32 << 10;
+pub(super) const FREED_AT_ONCE: u64 = 32 << 10;
 
 /// The node that a name belongs to.
 struct Owner {

@@ -24,8 +24,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{OFlags, fstat};
 
 use super::Share;
-use super::handle::OpenFile;
+use super::handle::{Handle, OpenFile};
 use super::mount::{Distance, Writes};
+use super::namespace::FREED_AT_ONCE;
 use crate::fuse::abi::{ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn};
 use crate::fuse::{Errno, Payload, Result};
 
@@ -195,6 +196,22 @@ impl Share {
             Ok(count) => all_there_is(count, target.len(), request.offset, || end_of(file)),
             other => other,
         }
+    }
+
+    /// Whether what the guest has open is closed without waiting. It waits itself: with this device Linux sends RELEASE
+    /// before close(2) returns (`fuse_file_put`, fs/fuse/file.c).
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::WOULD_WAIT`] where more may go than a descriptor: what has no name any more, with all that is in it; and
+    /// what was open for writing on a disk, which some file systems trim then, or begin to write.
+    pub(super) fn check_close_at_once(&self, handle: &Handle) -> Result<()> {
+        let written =
+            handle.file().is_ok_and(|file| file.writable && !matches!(file.near, Near::Memory));
+        let stat = fstat(handle)?;
+        let blocks = u64::try_from(stat.st_blocks).unwrap_or(0);
+        let waits = written || stat.st_nlink == 0 && blocks > FREED_AT_ONCE;
+        if waits { Err(Errno::WOULD_WAIT) } else { Ok(()) }
     }
 
     /// # Errors

@@ -490,6 +490,14 @@ impl Share {
     ///
     /// The guest does not ask twice: the handle is closed, whatever the host says.
     pub(super) fn release_file(&self, caller: Caller, request: &ReleaseIn) -> Result<()> {
+        if caller.at_once {
+            // Locks that go with it are looked for among those of all files.
+            if self.locks.count.load(Ordering::Relaxed) > 0 {
+                return Err(Errno::WOULD_WAIT);
+            }
+            let handle = self.handles.get(caller.nodeid, request.fh)?;
+            self.check_close_at_once(&handle)?;
+        }
         let mut unlocked = Ok(());
         if request.release_flags & RELEASE_FLOCK_UNLOCK != 0
             && let Ok(handle) = self.handles.get(caller.nodeid, request.fh)

@@ -86,14 +86,49 @@ fn names_attributes_and_data_in_memory_are_served_at_once() {
     guest.at_once(Opcode::Rename, ROOT_ID, &[rename.as_slice(), b"file\0new\0"]).unwrap().ok();
     let flush = FlushIn { fh, ..FlushIn::default() };
     guest.at_once(Opcode::Flush, node, &[flush.as_slice()]).unwrap().ok();
-    // Nobody knows what goes with it.
     let release = ReleaseIn { fh, ..ReleaseIn::default() };
-    assert!(guest.at_once(Opcode::Release, node, &[release.as_slice()]).is_none());
-    guest.call(Opcode::Release, node, &[release.as_slice()]).ok();
+    guest.at_once(Opcode::Release, node, &[release.as_slice()]).unwrap().ok();
     let setup = SetupmappingIn { fh: u64::MAX, len: 4096, flags: 2, ..SetupmappingIn::default() };
     guest.at_once(Opcode::Setupmapping, node, &[setup.as_slice()]).unwrap().ok();
     guest.at_once(Opcode::Unlink, ROOT_ID, &[b"new\0"]).unwrap().ok();
     assert_eq!(std::fs::read_dir(guest.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_file_is_closed_at_once_unless_more_may_go_than_a_descriptor() {
+    let close = |guest: &Guest, opcode, node, fh| {
+        let release = ReleaseIn { fh, ..ReleaseIn::default() };
+        let done = guest.at_once(opcode, node, &[release.as_slice()]);
+        if done.is_none() {
+            guest.call(opcode, node, &[release.as_slice()]).ok();
+        }
+        done.map(|reply| reply.error)
+    };
+    let guest = in_memory();
+    let path = guest.path().join("file");
+    std::fs::write(&path, vec![7; 17 << 20]).unwrap();
+    let node = guest.node("file");
+    for flags in [libc::O_RDONLY, libc::O_RDWR] {
+        let fh = guest.fh(node, flags);
+        assert_eq!(close(&guest, Opcode::Release, node, fh), Some(0));
+        assert_eq!(close(&guest, Opcode::Release, node, fh), Some(libc::EBADF));
+    }
+    let open = OpenIn::default();
+    let open: OpenOut = guest.call(Opcode::Opendir, ROOT_ID, &[open.as_slice()]).get();
+    assert_eq!(close(&guest, Opcode::Releasedir, ROOT_ID, open.fh), Some(0));
+    let fh = guest.fh(node, libc::O_RDONLY);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(close(&guest, Opcode::Release, node, fh), None, "all that is in it goes");
+    assert_eq!(guest.share.live_handles(), 0);
+
+    let Some(disk) = Disk::new("ext4", 512) else { return };
+    let guest = on_disk(&disk);
+    std::fs::write(guest.path().join("file"), "data").unwrap();
+    let node = guest.node("file");
+    let fh = guest.fh(node, libc::O_RDONLY);
+    assert_eq!(close(&guest, Opcode::Release, node, fh), Some(0));
+    let fh = guest.fh(node, libc::O_RDWR);
+    assert_eq!(close(&guest, Opcode::Release, node, fh), None, "a disk may have to do with it");
 }
 
 #[test]
