@@ -74,10 +74,11 @@ pub struct RunArgs {
     /// prefault=auto|never: whether pages of files that are read in order are entered into the guest's page
     /// tables ahead of its faults.
     ///
-    /// dispatch=auto|inline|worker: who serves the guest's requests. auto (the default): the guest's CPU that sent
+    /// dispatch=auto|inline|worker|poll: who serves the guest's requests. auto (the default): the guest's CPU that sent
     /// one serves it itself where it need not wait, on file systems of this machine's disks and memory, while few
     /// are queued; threads serve the rest. inline: on all file systems and however many are queued. worker: threads
-    /// serve all.
+    /// serve all. poll: threads serve all, and each queue's looks for the next request for a millisecond before it
+    /// sleeps: a processor of the host for each queue while it is busy.
     ///
     /// queues=N: request queues, default one for each CPU. tag=NAME: the device's name in the guest.
     #[arg(short = 'v', long = "share", visible_alias = "volume", value_name = "SHARE")]

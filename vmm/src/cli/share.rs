@@ -271,7 +271,10 @@ fn parse_dispatch(who: &str) -> Result<Dispatch, String> {
         "auto" => Ok(Dispatch::Auto),
         "inline" => Ok(Dispatch::Inline),
         "worker" => Ok(Dispatch::Worker),
-        _ => Err(format!("{who:?} serves no requests; write dispatch=auto, inline or worker")),
+        "poll" => Ok(Dispatch::Poll),
+        _ => {
+            Err(format!("{who:?} serves no requests; write dispatch=auto, inline, worker or poll"))
+        }
     }
 }
 
@@ -469,8 +472,8 @@ mod tests {
         assert_eq!(options("dax=never").window, Some(0));
         assert_eq!((options("").window, options("window=auto").window), (None, None));
         assert!(options("prefault=auto").prefault && !options("prefault=never").prefault);
-        let dispatch = ["", "dispatch=inline", "dispatch=worker", "dispatch=auto"];
-        let expected = [Dispatch::Auto, Dispatch::Inline, Dispatch::Worker, Dispatch::Auto];
+        let dispatch = ["", "dispatch=inline", "dispatch=worker", "dispatch=poll"];
+        let expected = [Dispatch::Auto, Dispatch::Inline, Dispatch::Worker, Dispatch::Poll];
         assert_eq!(dispatch.map(|text| options(text).dispatch), expected);
         assert_eq!(options("dax=never,direct=host").direct, DirectPolicy::Host);
         assert_eq!(options("direct=buffered").direct, DirectPolicy::Buffered);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::Server;
 use super::config::{Config, VIRTIO_FS_F_WINDOW_GROWS};
-use super::dispatch::{Counts, Dispatch, Statistics};
+use super::dispatch::{Counts, Dispatch, POLLED, Statistics};
 use super::thread::{Spawn, Thread, spawn};
 use super::worker::{Service, Worker};
 use crate::dax::DaxWindow;
@@ -51,6 +51,8 @@ pub struct FsDevice {
     listener: Mutex<Option<Arc<dyn Interrupts>>>,
     queue_sizes: Vec<u16>,
     dispatch: Dispatch,
+    /// How long a queue is polled that is to be.
+    polled: Duration,
     /// For each queue, who hears its doorbell while the device is active. No two queues have a lock in common here.
     doorbells: Vec<Mutex<Option<Arc<Worker>>>>,
     counts: Vec<Arc<Counts>>,
@@ -97,6 +99,7 @@ impl FsDevice {
             listener: Mutex::default(),
             queue_sizes: vec![QUEUE_SIZE; count],
             dispatch: Dispatch::default(),
+            polled: POLLED,
             doorbells: (0..count).map(|_| Mutex::default()).collect(),
             counts: (0..count).map(|_| Arc::default()).collect(),
             spawn: Arc::new(spawn),
@@ -108,6 +111,13 @@ impl FsDevice {
     #[must_use]
     pub fn with_dispatch(mut self, dispatch: Dispatch) -> Self {
         self.dispatch = dispatch;
+        self
+    }
+
+    /// The same, whose queues are polled for so long where they are.
+    #[cfg(test)]
+    pub(super) fn with_polled(mut self, polled: Duration) -> Self {
+        self.polled = polled;
         self
     }
 
@@ -161,6 +171,7 @@ impl FsDevice {
                 interrupts: activation.interrupts.clone(),
                 server: self.server.clone(),
                 dispatch: self.dispatch,
+                polled: self.polled,
                 spawn: self.spawn.clone(),
             };
             let worker = Arc::new(Worker::new(active, service, counts.clone()));

@@ -1,6 +1,7 @@
 //! Who serves a request.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 /// Which thread serves the requests of a device's queues.
 ///
@@ -18,11 +19,28 @@ pub enum Dispatch {
     Inline,
     /// The queue's threads, always.
     Worker,
+    /// The same, and for [`POLLED`] after each request one of them goes on looking for the next, so that the guest
+    /// need not ring: its vCPU does not leave it for a request, and one processor of the host is kept busy for each
+    /// queue as long as requests come closer than that.
+    Poll,
 }
+
+/// How long a thread looks for the next request before it goes to sleep, where it is to: longer than a program thinks
+/// between two system calls, and no longer than the guest's own clock lets it wait.
+pub(super) const POLLED: Duration = Duration::from_millis(1);
+
+/// Between two looks, in pauses of the processor: some hundred nanoseconds, in which others get the queue's lock.
+pub(super) const PAUSES: usize = 16;
 
 /// More requests than this in a queue are served by its threads beside the vCPUs: several processors then work on
 /// them, which is worth waking one.
 pub(super) const DEEP: u16 = 3;
+
+/// After so many requests that vCPUs served, one is left to a thread, to see how many come meanwhile. A guest that makes
+/// many at once shows it in no other way: each is answered before it has made the next, at the price of an exit, an
+/// interrupt, and two changes of tasks in the guest, where a thread would get all of them for one. So few of a
+/// guest that makes one at a time that they are not felt.
+pub(super) const LOOKED_AT: u16 = 127;
 
 /// So many requests a vCPU serves for one ring of a doorbell, and then leaves the rest to the queue's threads: a
 /// guest whose other vCPUs keep the queue full would otherwise never get this one back. As many as a driver has

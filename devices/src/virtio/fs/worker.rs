@@ -5,12 +5,13 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddressSpace;
 
 use super::Server;
 use super::device::HIPRIO_QUEUES;
-use super::dispatch::{BATCH, Counts, DEEP, Dispatch, MOST_THREADS};
+use super::dispatch::{BATCH, Counts, DEEP, Dispatch, LOOKED_AT, MOST_THREADS, PAUSES};
 use super::thread::{Spawn, Thread};
 use crate::complaint::complain;
 use crate::fuse::{Completion, Deferral, Served};
@@ -36,6 +37,8 @@ pub(super) struct Service {
     pub(super) interrupts: Arc<dyn Interrupts>,
     pub(super) server: Arc<dyn Server>,
     pub(super) dispatch: Dispatch,
+    /// How long a queue is polled that is to be.
+    pub(super) polled: Duration,
     pub(super) spawn: Spawn,
 }
 
@@ -77,6 +80,14 @@ struct Line {
     calls: usize,
     /// Of the threads, such as serve what they may have to wait for.
     waiting: usize,
+    /// One of them looks for the next request all the time.
+    polled: bool,
+    /// Requests that vCPUs have taken since a thread was last left one.
+    in_a_row: u16,
+    /// Requests that threads have taken since all of them slept or waited.
+    together: u16,
+    /// Those were so many that threads get the next ones too.
+    crowded: bool,
 }
 
 impl Line {
@@ -85,6 +96,15 @@ impl Line {
         self.idle == 0
             && self.threads < MOST_THREADS
             && (deep || self.waiting >= self.threads || self.handed_over.len() > usize::from(DEEP))
+    }
+
+    /// A thread goes to sleep. If it is the last, it is known how many requests came while threads looked.
+    fn count_together(&mut self) {
+        let last = self.idle + self.waiting + 1 >= self.threads;
+        if last && self.together > 0 {
+            self.crowded = self.together > DEEP;
+            self.together = 0;
+        }
     }
 }
 
@@ -104,6 +124,10 @@ impl Worker {
             idle: 0,
             calls: 0,
             waiting: 0,
+            polled: false,
+            in_a_row: 0,
+            together: 0,
+            crowded: false,
         };
         Self {
             index: active.index,
@@ -165,7 +189,9 @@ impl Worker {
     pub(super) fn ring(self: &Arc<Self>) {
         let _inside = Inside::enter(self);
         let thread_wanted = match self.service.dispatch {
-            Dispatch::Worker => self.leave_to_threads().map_err(ServiceError::from),
+            Dispatch::Worker | Dispatch::Poll => {
+                self.leave_to_threads().map_err(ServiceError::from)
+            }
             Dispatch::Auto | Dispatch::Inline => self.serve_inline(false),
         };
         let done = match thread_wanted {
@@ -217,8 +243,39 @@ impl Worker {
         true
     }
 
+    /// Looks for the next request for a while, unless another thread does. Meanwhile nobody asks the driver to ring.
+    /// `true` when there is something to do.
+    fn poll(&self) -> Result<bool, QueueError> {
+        if std::mem::replace(&mut lock(&self.line).polled, true) {
+            return Ok(false);
+        }
+        let found = self.look_until(Instant::now() + self.service.polled);
+        lock(&self.line).polled = false;
+        found
+    }
+
+    fn look_until(&self, end: Instant) -> Result<bool, QueueError> {
+        while !self.stopped() {
+            {
+                let memory = self.service.memory.memory();
+                let line = lock(&self.line);
+                if !line.handed_over.is_empty() || line.queue.waiting(&memory)? > 0 {
+                    return Ok(true);
+                }
+            }
+            if Instant::now() >= end {
+                break;
+            }
+            (0..PAUSES).for_each(|_| std::hint::spin_loop());
+        }
+        Ok(false)
+    }
+
     /// Sleeps until there is something to do, or the queue stops.
     fn wait_for_call(&self) -> Result<(), QueueError> {
+        if self.service.dispatch == Dispatch::Poll && !self.is_urgent() && self.poll()? {
+            return Ok(());
+        }
         let memory = self.service.memory.memory();
         let mut line = lock(&self.line);
         if line.queue.ask_for_next(&memory)? || !line.handed_over.is_empty() {
@@ -226,6 +283,7 @@ impl Worker {
         }
         // Not to be kept while it sleeps: a window may move.
         drop(memory);
+        line.count_together();
         line.idle += 1;
         while line.calls == 0 && !self.stopped() {
             line = self.called.wait(line).unwrap_or_else(PoisonError::into_inner);
@@ -246,7 +304,7 @@ impl Worker {
     /// A vCPU has left something to a thread that cannot be started. Serves what it can itself. What is left then
     /// waits for the threads that there are; with the next request the driver rings, and another thread is tried.
     fn do_without_thread(self: &Arc<Self>) -> Result<(), ServiceError> {
-        if self.service.dispatch != Dispatch::Worker {
+        if matches!(self.service.dispatch, Dispatch::Auto | Dispatch::Inline) {
             self.serve_inline(true)?;
         }
         let memory = self.service.memory.memory();
@@ -313,14 +371,18 @@ impl Worker {
         }
         // None could be started when these were left to it: tried again.
         *thread_wanted |= !line.handed_over.is_empty() && line.wants_thread(false);
-        let deep = line.queue.waiting(memory)? > DEEP;
-        if deep && !alone && self.service.dispatch == Dispatch::Auto {
-            let one_more = line.wants_thread(true);
+        let waiting = line.queue.waiting(memory)?;
+        let many = waiting > DEEP;
+        let for_threads = many || waiting > 0 && (line.crowded || line.in_a_row >= LOOKED_AT);
+        if for_threads && !alone && self.service.dispatch == Dispatch::Auto {
+            let one_more = line.wants_thread(many);
             *thread_wanted |= one_more;
             if self.call(&mut line) || one_more || line.waiting < line.threads {
+                line.in_a_row = 0;
                 return Ok(None);
             }
         }
+        line.in_a_row = line.in_a_row.saturating_add(u16::from(waiting > 0));
         let chain = line.queue.pop(memory)?;
         // Before this one is served: another vCPU is to ring for the next, and not to wait for this one.
         match line.queue.ask_for_next(memory)? && chain.is_none() {
@@ -363,6 +425,7 @@ impl Worker {
             self.call(&mut line);
         }
         let chain = line.queue.pop(memory)?;
+        line.together = line.together.saturating_add(u16::from(chain.is_some()));
         Ok(chain.map(|chain| Task { chain, waits: false }))
     }
 

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::memory::GuestBuffer;
 use crate::sync::lock;
 use crate::virtio::VIRTIO_RING_F_EVENT_IDX;
-use crate::virtio::fs::dispatch::{BATCH, DEEP, MOST_THREADS};
+use crate::virtio::fs::dispatch::{BATCH, DEEP, LOOKED_AT, MOST_THREADS};
 use crate::virtio::fs::*;
 use crate::virtio::testing::*;
 
@@ -168,6 +168,61 @@ fn threads_serve_all_where_they_are_to() {
     assert_eq!(device.statistics(), expected);
 }
 
+fn polled_machine(polled: Duration) -> (Arc<Counter>, Arc<FsDevice>, Driver) {
+    let counter = Arc::new(Counter::default());
+    let device = FsDevice::new(Config::new("share", 1).unwrap(), counter.clone(), None).unwrap();
+    let device = Arc::new(device.with_dispatch(Dispatch::Poll).with_polled(polled));
+    (counter, device.clone(), Driver::new(device))
+}
+
+#[test]
+fn a_queue_that_is_polled_is_rung_for_once_and_a_reset_does_not_wait_for_the_look() {
+    let (counter, device, driver) = polled_machine(Duration::from_secs(600));
+    let mut queue = start(&driver, VIRTIO_RING_F_EVENT_IDX);
+    let mut rings = 0;
+    for round in 0..100u16 {
+        offer(&driver, &mut queue, 2 * round, b"now");
+        rings += usize::from(ring_if_asked(&driver, &queue, round + 1));
+        wait_for(|| queue.used_index(&driver.memory()) == round + 1);
+    }
+    assert_eq!(rings, 1, "before anybody looked");
+    let expected = Statistics { by_threads: 100, ..Statistics::default() };
+    assert_eq!(device.statistics(), expected);
+    // What waits is waited for by one thread, and another one looks.
+    offer(&driver, &mut queue, 200, b"wait");
+    wait_for(|| counter.waiting.load(Ordering::SeqCst) == 1);
+    wait_for(|| queue.avail_event(&driver.memory()) == 101);
+    offer(&driver, &mut queue, 202, b"now");
+    assert!(ring_if_asked(&driver, &queue, 102));
+    wait_for(|| queue.used_index(&driver.memory()) == 101);
+    // For this one it was asked to ring before the other thread was there.
+    offer(&driver, &mut queue, 204, b"now");
+    ring_if_asked(&driver, &queue, 103);
+    wait_for(|| queue.used_index(&driver.memory()) == 102);
+    offer(&driver, &mut queue, 206, b"now");
+    assert!(!ring_if_asked(&driver, &queue, 104));
+    wait_for(|| queue.used_index(&driver.memory()) == 103);
+    counter.open_gate();
+    wait_for(|| queue.used_index(&driver.memory()) == 104);
+    let begin = Instant::now();
+    drop((device, driver));
+    assert!(begin.elapsed() < Duration::from_secs(60));
+    assert_eq!(Arc::strong_count(&counter), 1, "all threads are gone");
+}
+
+#[test]
+fn a_queue_for_which_nothing_comes_is_polled_no_more_and_rung_for() {
+    let (counter, _device, driver) = polled_machine(Duration::from_millis(1));
+    let mut queue = start(&driver, VIRTIO_RING_F_EVENT_IDX);
+    for round in 0..10u16 {
+        wait_for(|| queue.avail_event(&driver.memory()) == round);
+        offer(&driver, &mut queue, 2 * round, b"now");
+        assert!(ring_if_asked(&driver, &queue, round + 1));
+        wait_for(|| queue.used_index(&driver.memory()) == round + 1);
+    }
+    assert!(!counter.threads_of(b"now").contains(&thread::current().id()));
+}
+
 #[test]
 fn a_request_that_waits_holds_up_neither_the_vcpu_nor_the_queue() {
     for dispatch in [Dispatch::Auto, Dispatch::Inline, Dispatch::Worker] {
@@ -238,6 +293,54 @@ fn a_deep_queue_is_left_to_threads_unless_all_is_to_be_inline() {
         wait_for(|| queue.used_index(&driver.memory()) == 2 * DEEP + 1);
         assert!(device.statistics().inline >= inline, "{:?}", device.statistics());
     }
+}
+
+#[test]
+fn a_guest_that_makes_many_requests_at_once_is_found_out_and_one_that_does_no_more_too() {
+    let (counter, device, driver) = machine(Dispatch::Auto);
+    let mut queue = start(&driver, VIRTIO_RING_F_EVENT_IDX);
+    let (vcpu, held) = (thread::current().id(), Arc::new(AtomicUsize::new(0)));
+    let gate = held.clone();
+    *lock(&counter.hook) = Some(Arc::new(move || {
+        if thread::current().id() != vcpu && gate.fetch_add(1, Ordering::SeqCst) == 0 {
+            wait_for(|| gate.load(Ordering::SeqCst) > 100);
+        }
+    }));
+    let mut sent = 0;
+    let mut send = |queue: &mut DriverQueue, ring: bool| {
+        offer(&driver, queue, 2 * (sent % 100), b"now");
+        sent += 1;
+        if ring {
+            driver.notify(1);
+        }
+        sent
+    };
+    let counts = || (device.statistics().inline, device.statistics().by_threads);
+    // Served, and the thread sleeps: it has asked to be rung for.
+    let sleeps = |queue: &DriverQueue, sent: u16| {
+        wait_for(|| queue.used_index(&driver.memory()) == sent);
+        wait_for(|| queue.avail_event(&driver.memory()) == sent);
+    };
+    for _ in 0..LOOKED_AT {
+        send(&mut queue, true);
+    }
+    assert_eq!(counts(), (LOOKED_AT.into(), 0));
+    // The next one is left to a thread, and while that has it, more come.
+    send(&mut queue, true);
+    wait_for(|| held.load(Ordering::SeqCst) == 1);
+    let mut last = 0;
+    for _ in 0..DEEP {
+        last = send(&mut queue, false);
+    }
+    held.store(101, Ordering::SeqCst);
+    sleeps(&queue, last);
+    assert_eq!(counts(), (LOOKED_AT.into(), u64::from(DEEP) + 1));
+    // So the thread gets the next one too. It comes alone: that was the last.
+    last = send(&mut queue, true);
+    sleeps(&queue, last);
+    assert_eq!(counts(), (LOOKED_AT.into(), u64::from(DEEP) + 2));
+    send(&mut queue, true);
+    assert_eq!(counts(), (u64::from(LOOKED_AT) + 1, u64::from(DEEP) + 2));
 }
 
 #[test]
