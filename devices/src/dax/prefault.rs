@@ -4,8 +4,8 @@
 //! the order of the mappings says that a range will be read from one end to the other ([`super::streams`]),
 //! the pages of it that are in the host's page cache are entered into the guest's page tables before the guest
 //! hears that the range is mapped. A page that is not in the cache is left alone: reading it is I/O that
-//! nobody asked for yet. A mapping for writing is left alone too: most file systems give a page for writing
-//! only to a write.
+//! nobody asked for yet. A mapping for writing is left alone too, unless the file is in memory only: other file
+//! systems give a page for writing only to a write.
 #![expect(unsafe_code, reason = "cachestat(2) has no wrapper")]
 
 use std::io;
@@ -116,12 +116,12 @@ impl Window {
         let Some(tables) = self.tables.get().and_then(Weak::upgrade) else { return };
         let mapping = self.state().mappings.get(&offset).cloned();
         let Some(mapping) = mapping else { return };
-        let (device, inode, writable) = mapping.file.key;
-        if writable {
+        let (_, _, writable) = mapping.file.key;
+        if writable && !mapping.file.in_memory {
             return;
         }
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        let identity = (device, inode);
+        let identity = mapping.file.key;
         let (from, len) = (mapping.file_offset, mapping.len);
         let in_order = streams.note(identity, from, len, mapping.known_end);
         drop(streams);
@@ -159,6 +159,7 @@ mod tests {
 
     use super::*;
     use crate::dax::DaxWindow;
+    use crate::dax::table::TMPFS;
 
     const RANGE: u64 = 2 << 20;
 
@@ -232,18 +233,35 @@ mod tests {
     }
 
     #[test]
-    fn random_mappings_and_those_for_writing_enter_nothing() {
+    fn random_mappings_enter_nothing() {
         let (window, tables) = window(10);
         let file = file(10 * RANGE, 10 * RANGE as usize);
         for range in [5, 2, 9, 0, 7] {
             assert_eq!(map(&window, &tables, &file, range), []);
         }
-        for range in 0..10 {
-            window.map(range * RANGE, RANGE, file.as_fd(), range * RANGE, true).unwrap();
-            window.mapped(range * RANGE);
-        }
-        assert_eq!(tables.take(), []);
         assert_eq!(window.statistics().prefaulted, 0);
+    }
+
+    #[test]
+    fn a_file_that_is_written_in_order_is_entered_if_it_is_in_memory() {
+        if !has_cachestat() {
+            return;
+        }
+        let on_disk = tempfile::tempfile().unwrap();
+        (&on_disk).write_all(&vec![1; 10 * RANGE as usize]).unwrap();
+        for file in [file(10 * RANGE, 10 * RANGE as usize), on_disk] {
+            let in_memory = rustix::fs::fstatfs(&file).unwrap().f_type as u32 == TMPFS;
+            let (window, tables) = window(10);
+            for range in 0..10 {
+                // It was read before, in another order.
+                map(&window, &tables, &file, 9 - range);
+                let at = range * RANGE;
+                window.map(at, RANGE, file.as_fd(), at, true).unwrap();
+                window.mapped(at);
+                let expected: &[_] = if in_memory { &[(at, RANGE)] } else { &[] };
+                assert_eq!(tables.take(), expected, "{range}");
+            }
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use super::table::Key;
+
 /// Readers that are followed at a time, over all files of a window.
 const MOST: usize = 64;
 /// Readers that are followed in one file. With more, random mappings of a large file would follow one another
@@ -15,7 +17,7 @@ const TELLING_RANGES: u64 = 8;
 
 /// One reader.
 struct Stream {
-    file: (u64, u64),
+    file: Key,
     /// Where in the file its next mapping would begin.
     next: u64,
     /// How much speaks for reading in order: one for every mapping that began where the one before ended.
@@ -34,9 +36,9 @@ struct Stream {
 pub(super) struct Streams(VecDeque<Stream>);
 
 impl Streams {
-    /// Notes a mapping of `len` bytes at `offset` of a file (device and inode number) that ends at
+    /// Notes a mapping of `len` bytes at `offset` of a file that ends at
     /// `file_end`, and says whether it will be read in order.
-    pub(super) fn note(&mut self, file: (u64, u64), offset: u64, len: u64, file_end: u64) -> bool {
+    pub(super) fn note(&mut self, file: Key, offset: u64, len: u64, file_end: u64) -> bool {
         let before = self.0.iter().position(|one| one.file == file && one.next == offset);
         let score = match before.and_then(|at| self.0.remove(at)) {
             Some(stream) => stream.score.saturating_add(1),
@@ -56,7 +58,7 @@ impl Streams {
         score >= IN_ORDER
     }
 
-    fn of(&self, file: (u64, u64)) -> impl Iterator<Item = &Stream> {
+    fn of(&self, file: Key) -> impl Iterator<Item = &Stream> {
         self.0.iter().filter(move |stream| stream.file == file)
     }
 
@@ -74,7 +76,7 @@ mod tests {
     const LARGE: u64 = 128 * RANGE;
 
     fn note(streams: &mut Streams, inode: u64, range: u64, end: u64) -> bool {
-        streams.note((1, inode), range * RANGE, RANGE, end)
+        streams.note((1, inode, false), range * RANGE, RANGE, end)
     }
 
     #[test]
@@ -133,11 +135,11 @@ mod tests {
         for (offset, len, end) in
             [(0, 0, 0), (u64::MAX, u64::MAX, u64::MAX), (0, u64::MAX, 1), (1, 0, u64::MAX)]
         {
-            streams.note((0, 0), offset, len, end);
+            streams.note((0, 0, true), offset, len, end);
         }
         // The score does not wrap.
         for _ in 0..1000 {
-            streams.note((0, 0), u64::MAX, 1, 0);
+            streams.note((0, 0, true), u64::MAX, 1, 0);
         }
     }
 }

@@ -14,6 +14,8 @@ use super::window::PAGE;
 const HUGETLBFS: u32 = 0x9584_58f6;
 /// `OVERLAYFS_SUPER_MAGIC` of linux/magic.h.
 const OVERLAYFS: u32 = 0x794c_7630;
+/// `TMPFS_MAGIC` of linux/magic.h; also memfds.
+pub(super) const TMPFS: u32 = 0x0102_1994;
 
 /// A file that is mapped, once for all its mappings of one kind: not a descriptor for every 2 MiB.
 pub(super) struct Backing {
@@ -21,6 +23,8 @@ pub(super) struct Backing {
     pub(super) key: Key,
     /// Its change time, where a copy-up may put another file in its place (see [`Opened`]).
     copied_up: Option<(i64, i64)>,
+    /// It is nowhere but in memory: a page of it can be had for writing at any time, and not only by a write.
+    pub(super) in_memory: bool,
     /// That the host cannot say where it ends was logged.
     pub(super) lost: AtomicBool,
 }
@@ -84,6 +88,7 @@ impl Opened {
             fd,
             key: self.key,
             copied_up: replaceable.then_some(self.changed()),
+            in_memory: file_system == TMPFS,
             lost: AtomicBool::new(false),
         })
     }

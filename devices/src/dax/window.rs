@@ -223,6 +223,11 @@ impl Window {
         state.files.values().filter(held).count()
     }
 
+    /// Whether a file is mapped now.
+    pub fn is_used(&self) -> bool {
+        !self.state().mappings.is_empty()
+    }
+
     /// Goes up with everything that is repaired. A fault of a vCPU that entered the guest before is thereby
     /// explained.
     pub fn repairs(&self) -> u64 {
