@@ -7,6 +7,17 @@ pub const ANSWER: &str = "@bench ";
 /// What `bench-guest` says once the directory is mounted: the guest's first user instructions are behind it.
 pub const READY: &str = "@bench ready";
 
+/// What fio is always told. Threads, because a process each would need shared memory of the kernel's older kind.
+pub const FIO: [&str; 7] = [
+    "--name=bench",
+    "--output-format=json",
+    "--time_based",
+    "--group_reporting",
+    "--thread",
+    "--invalidate=0",
+    "--allow_file_create=0",
+];
+
 /// One thing to measure, in one directory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {

@@ -14,7 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use integration::jobs::{ANSWER, Answer, READY, Request, Work};
+use integration::jobs::{ANSWER, Answer, FIO, READY, Request, Work};
 use rustix::mount::{MountFlags, mount};
 
 /// Where the guest's programs are.
@@ -112,19 +112,9 @@ fn program(words: &[String], directory: &Path) -> Result<Vec<u8>> {
 
 fn fio(options: &[String], directory: &Path, limit: Duration) -> Result<Count> {
     let name = if Path::new("/bin/fio").exists() { "/bin/fio" } else { "fio" };
-    let mut words: Vec<String> = [
-        name.to_owned(),
-        "--name=bench".into(),
-        "--output-format=json".into(),
-        "--time_based".into(),
-        "--group_reporting".into(),
-        // A process each would need shared memory of the kernel's older kind.
-        "--thread".into(),
-        "--invalidate=0".into(),
-        "--allow_file_create=0".into(),
-        format!("--runtime={}ms", limit.as_millis()),
-    ]
-    .into();
+    let mut words = vec![name.to_owned()];
+    words.extend(FIO.map(str::to_owned));
+    words.push(format!("--runtime={}ms", limit.as_millis()));
     words.extend_from_slice(options);
     let output = program(&words, directory)?;
     let text = String::from_utf8_lossy(&output);

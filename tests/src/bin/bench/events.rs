@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::trace::Profile;
+
 /// Where a figure belongs: the round, the system, the job.
 pub type Place = (usize, String, String);
 
@@ -26,6 +28,8 @@ pub enum Event {
     Command(String, String),
     /// A measurement.
     Measured(Place, Figure),
+    /// Where the time of an operation went.
+    Profiled(Place, Profile),
     /// One that could not be made, and why.
     Missed(Place, String),
     /// A system is done for a round.

@@ -110,9 +110,11 @@ fn fill_tree(tree: &Path, scratch: &Path) -> Result<()> {
     let text = |path: PathBuf| path.display().to_string();
     let repository = tree.join("repository");
     small_files(&repository, REPOSITORY, 16)?;
-    let at = text(repository);
+    let at = text(repository.clone());
     run(&["git", "init", "-q", &at])?;
     run(&["git", "-C", &at, "add", "."])?;
+    // Of files as young as the index git believes no times, and would read them.
+    run(&["touch", "-d", "10 seconds", &text(repository.join(".git/index"))])?;
     let small = scratch.join("small");
     small_files(&small, SMALL, 2048)?;
     run(&["tar", "-cf", &text(tree.join("small.tar")), "-C", &text(small), "."])

@@ -16,6 +16,7 @@ use crate::events::{Event, Figure};
 use crate::input;
 use crate::jobs::Job;
 use crate::systems::{MEMORY, Parts, System};
+use crate::trace::{Profile, Tracing, Who, account};
 
 /// A guest that says nothing for so long is given up.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -29,6 +30,8 @@ pub struct Order {
     pub milliseconds: u64,
     /// Whether to measure boots.
     pub boots: bool,
+    /// Whether to trace, and tell where the time goes, instead of measuring it.
+    pub profile: bool,
 }
 
 fn tell(event: &Event) {
@@ -49,6 +52,7 @@ fn lay_out(programs: &Path, work: &Path) -> Result<Parts> {
     for name in ["base.qcow2", "jobs.cpio", "true.cpio"] {
         fs::copy(input.join(name), work.join(name)).with_context(|| name.to_owned())?;
     }
+    fs::copy(programs.join("kernel/vmlinux"), work.join("vmlinux")).context("kernel")?;
     // A snapshot in front of the disk, which takes the writes.
     let (base, disk) = (at(work.join("base.qcow2")), at(work.join("disk.qcow2")));
     input::run(&["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &base, &disk])?;
@@ -56,7 +60,7 @@ fn lay_out(programs: &Path, work: &Path) -> Result<Parts> {
         programs: programs.to_owned(),
         guest: at(this.with_file_name("bench-guest")),
         oriel: at(this.with_file_name("oriel")),
-        kernel: at(programs.join("kernel/vmlinux")),
+        kernel: at(work.join("vmlinux")),
         initrd: at(work.join("jobs.cpio")),
         initrd_of_true: at(work.join("true.cpio")),
         tree: at(tree),
@@ -168,17 +172,20 @@ impl Running {
 
     /// The machine, the helper, and what they started: virtiofsd works in a process of its own.
     fn processes(&self) -> Vec<u32> {
-        let mut all: Vec<u32> = [Some(&self.machine), self.helper.as_ref()]
-            .into_iter()
-            .flatten()
-            .map(Child::id)
-            .collect();
-        let mut at = 0;
-        while let Some(process) = all.get(at).copied() {
-            all.extend(children_of(process));
-            at += 1;
-        }
-        all
+        let roots = [Some(&self.machine), self.helper.as_ref()];
+        roots.into_iter().flatten().flat_map(|root| family(root.id())).collect()
+    }
+
+    /// The threads of each.
+    fn threads(&self) -> Vec<(u32, Who)> {
+        let machine = family(self.machine.id()).into_iter().map(|process| (process, Who::Machine));
+        let server = self.helper.iter().flat_map(|helper| family(helper.id()));
+        let of = |(process, who)| {
+            let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten();
+            let number = |task: fs::DirEntry| task.file_name().to_str()?.parse().ok();
+            tasks.flatten().filter_map(move |task| Some((number(task)?, who)))
+        };
+        machine.chain(server.map(|process| (process, Who::Server))).flat_map(of).collect()
     }
 
     /// Nanoseconds that all their threads ran.
@@ -212,6 +219,16 @@ impl Drop for Running {
 
 fn tail(lines: &[String]) -> String {
     lines[lines.len().saturating_sub(3)..].join(" | ")
+}
+
+/// A process and all that it started.
+fn family(root: u32) -> Vec<u32> {
+    let (mut all, mut at) = (vec![root], 0);
+    while let Some(process) = all.get(at).copied() {
+        all.extend(children_of(process));
+        at += 1;
+    }
+    all
 }
 
 fn children_of(process: u32) -> Vec<u32> {
@@ -252,15 +269,40 @@ fn memory_of(process: u32) -> Option<u64> {
     Some(sum)
 }
 
-/// Figures of one job in one system.
-fn measure(running: &mut Running, job: &Job, directory: &str, milliseconds: u64) -> Result<Figure> {
+/// Has done what comes before a job, and returns what is to be asked for then.
+fn prepare(
+    running: &mut Running,
+    job: &Job,
+    directory: &str,
+    milliseconds: u64,
+) -> Result<Request> {
     let directory = job.directory.unwrap_or(directory).to_owned();
     for work in &job.before {
         running.ask(&Request { directory: directory.clone(), milliseconds, work: work.clone() })?;
     }
+    Ok(Request { directory, milliseconds, work: job.work.clone() })
+}
+
+/// Where the time of one job in one system goes.
+fn profile(
+    running: &mut Running,
+    job: &Job,
+    directory: &str,
+    milliseconds: u64,
+) -> Result<Profile> {
+    let request = prepare(running, job, directory, milliseconds)?;
+    let members = running.threads();
+    let tracing = Tracing::start()?;
+    let (operations, _) = running.ask(&request)?;
+    ensure!(operations > 0, "nothing was done");
+    Ok(account(&tracing.end()?, &members, operations as f64))
+}
+
+/// Figures of one job in one system.
+fn measure(running: &mut Running, job: &Job, directory: &str, milliseconds: u64) -> Result<Figure> {
+    let request = prepare(running, job, directory, milliseconds)?;
     let (cpu, exits) = (running.cpu(), running.exits());
-    let (operations, nanoseconds) =
-        running.ask(&Request { directory, milliseconds, work: job.work.clone() })?;
+    let (operations, nanoseconds) = running.ask(&request)?;
     ensure!(operations > 0, "nothing was done");
     let each = |total: u64| total as f64 / operations as f64;
     Ok(Figure {
@@ -270,37 +312,52 @@ fn measure(running: &mut Running, job: &Job, directory: &str, milliseconds: u64)
     })
 }
 
-fn boot(system: &System, parts: &Parts, round: usize) {
-    let Some(line) = system.run_true(parts) else { return };
+/// Runs a guest from its start to its end: when it was ready, when it had ended, and its process.
+fn run_to_end(line: &[String], log: &Path) -> Result<(Duration, Duration, u32)> {
     let start = Instant::now();
-    let log = parts.work.join("true.log");
-    let result = spawn_on_terminal(&line, &log).and_then(|(mut child, output)| {
-        let mut ready = None;
-        // It ends with an error, as terminals do whose other end is closed.
-        for text in BufReader::new(output).split(b'\n').map_while(Result::ok) {
-            if ready.is_none() && String::from_utf8_lossy(&text).contains(READY) {
-                ready = Some(start.elapsed());
-            }
+    let (mut child, output) = spawn_on_terminal(line, log)?;
+    let mut ready = None;
+    // It ends with an error, as terminals do whose other end is closed.
+    for text in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+        if ready.is_none() && String::from_utf8_lossy(&text).contains(READY) {
+            ready = Some(start.elapsed());
         }
-        child.wait()?;
-        Ok((ready.context("the guest did not start")?, start.elapsed()))
-    });
+    }
+    child.wait()?;
+    Ok((ready.context("the guest did not start")?, start.elapsed(), child.id()))
+}
+
+fn boot(system: &System, order: &Order, parts: &Parts, round: usize) {
+    let Some(line) = system.run_true(parts) else { return };
+    let log = parts.work.join("true.log");
+    let name = |job: &str| (round, system.name.to_owned(), job.to_owned());
+    let missed = |error: anyhow::Error| tell(&Event::Missed(name("boot"), format!("{error:#}")));
+    if order.profile {
+        let traced = || -> Result<Profile> {
+            let tracing = Tracing::start()?;
+            let (_, _, process) = run_to_end(&line, &log)?;
+            Ok(account(&tracing.end()?, &[(process, Who::Machine)], 1.0))
+        };
+        return match traced() {
+            Ok(profile) => tell(&Event::Profiled(name("run-true"), profile)),
+            Err(error) => missed(error),
+        };
+    }
     let figure =
         |time: Duration| Figure { nanoseconds: time.as_nanos() as f64, cpu: 0.0, exits: None };
-    let name = |job: &str| (round, system.name.to_owned(), job.to_owned());
-    match result {
-        Ok((ready, end)) => {
+    match run_to_end(&line, &log) {
+        Ok((ready, end, _)) => {
             tell(&Event::Measured(name("boot"), figure(ready)));
             tell(&Event::Measured(name("run-true"), figure(end)));
         }
-        Err(error) => tell(&Event::Missed(name("boot"), format!("{error:#}"))),
+        Err(error) => missed(error),
     }
 }
 
 fn one_round(system: &System, order: &Order, parts: &Parts, round: usize) {
     let name = |job: &str| (round, system.name.to_owned(), job.to_owned());
     if order.boots {
-        boot(system, parts, round);
+        boot(system, order, parts, round);
     }
     if order.jobs.is_empty() {
         return;
@@ -315,8 +372,15 @@ fn one_round(system: &System, order: &Order, parts: &Parts, round: usize) {
     };
     let directory = if system.is_host() { parts.tree.as_str() } else { "/t" };
     for job in order.jobs.iter().filter(|job| job.is_for(system)) {
-        match measure(&mut running, job, directory, order.milliseconds) {
-            Ok(figure) => tell(&Event::Measured(name(job.name), figure)),
+        let running = &mut running;
+        let event = match order.profile {
+            true => profile(running, job, directory, order.milliseconds)
+                .map(|profile| Event::Profiled(name(job.name), profile)),
+            false => measure(running, job, directory, order.milliseconds)
+                .map(|figure| Event::Measured(name(job.name), figure)),
+        };
+        match event {
+            Ok(event) => tell(&event),
             Err(error) => {
                 tell(&Event::Missed(name(job.name), format!("{error:#}")));
                 if running.machine.try_wait().is_ok_and(|ended| ended.is_some()) {
@@ -336,6 +400,19 @@ fn one_round(system: &System, order: &Order, parts: &Parts, round: usize) {
     for left in ["work", "unpacked"] {
         let _ = fs::remove_dir_all(Path::new(&parts.tree).join(left));
     }
+}
+
+/// A command line as a shell takes it.
+fn typed(line: &[String]) -> String {
+    let plain = |word: &String| {
+        !word.is_empty()
+            && word.chars().all(|one| one.is_ascii_alphanumeric() || "-_=./:,+@%".contains(one))
+    };
+    let quoted = |word: &String| match plain(word) {
+        true => word.clone(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    };
+    line.iter().map(quoted).collect::<Vec<_>>().join(" ")
 }
 
 fn first_line(program: impl AsRef<OsStr>, argument: &str) -> String {
@@ -373,7 +450,7 @@ pub fn run_all(order: &Order, programs: &Path) -> Result<()> {
         let commands = system.commands(&parts);
         let helper = commands.helper.map(|(line, _)| line);
         for line in helper.into_iter().chain([commands.machine]).chain(system.run_true(&parts)) {
-            tell(&Event::Command(system.name.into(), line.join(" ")));
+            tell(&Event::Command(system.name.into(), typed(&line)));
         }
     }
     for round in 0..order.rounds {
@@ -392,6 +469,12 @@ mod tests {
     use integration::jobs::Work;
 
     use super::*;
+
+    #[test]
+    fn a_command_line_can_be_typed() {
+        let line = ["a", "--b=c", "d e", "it's", ""].map(str::to_owned);
+        assert_eq!(typed(&line), r"a --b=c 'd e' 'it'\''s' ''");
+    }
 
     #[test]
     fn a_request_survives_its_line() {

@@ -1,6 +1,6 @@
 //! What is measured in each system.
 
-use integration::jobs::Work;
+use integration::jobs::{FIO, Work};
 
 use crate::systems::{System, WINDOW};
 
@@ -10,6 +10,11 @@ pub const BIG: usize = WINDOW * 4;
 /// Numbered files in the directory whose names are looked at, and in the one that is listed.
 pub const NAMES: u64 = 10_000;
 pub const LISTED: u64 = 10_000;
+
+/// What looks for changes in the repository. It looks at times and sizes only, for all else is another in each system; and
+/// it leaves the index as it is, which would save the next one work.
+pub const STATUS: &str = "git -C repository -c safe.directory=* -c core.fsmonitor=false -c core.checkStat=minimal \
+     -c core.trustctime=false --no-optional-locks status -s --no-renames";
 
 /// A measurement.
 #[derive(Clone, Debug)]
@@ -32,10 +37,6 @@ fn fio(name: &str, megabytes: usize, options: &str) -> Work {
     let mut words = vec![format!("--filename={name}"), format!("--size={megabytes}m")];
     words.extend(options.split_whitespace().map(|word| format!("--{word}")));
     Work::Fio(words)
-}
-
-fn text(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
 }
 
 /// All of them, in the order in which they run in a guest.
@@ -65,21 +66,7 @@ pub fn all() -> Vec<Job> {
         vec![Work::Drop],
         Work::List("listed".into()),
     );
-    let status = text(&[
-        "git",
-        "-c",
-        "safe.directory=*",
-        "-c",
-        "core.fsmonitor=false",
-        "status",
-        "-s",
-        "--no-renames",
-    ]);
-    let status: Vec<String> = ["git", "-C", "repository"]
-        .iter()
-        .map(|w| (*w).to_owned())
-        .chain(status[1..].to_vec())
-        .collect();
+    let status: Vec<String> = STATUS.split_whitespace().map(str::to_owned).collect();
     add(
         "metadata",
         "git-status",
@@ -216,6 +203,15 @@ pub fn all() -> Vec<Job> {
 }
 
 impl Job {
+    /// The command that it is, or else what `bench-guest` is asked to do.
+    pub fn typed(&self) -> String {
+        match &self.work {
+            Work::Fio(options) => format!("fio {} {}", FIO.join(" "), options.join(" ")),
+            Work::Run(words) => words.join(" "),
+            other => serde_json::to_string(other).unwrap_or_default(),
+        }
+    }
+
     /// Whether it says anything of `system`.
     pub fn is_for(&self, system: &System) -> bool {
         // The guest's own memory is the same in all of them: one without a share's window is enough beside one with.

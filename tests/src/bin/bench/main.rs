@@ -17,6 +17,7 @@ mod report;
 mod results;
 mod systems;
 mod table;
+mod trace;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -52,6 +53,11 @@ struct Arguments {
     #[arg(long, default_value_t = 700, value_name = "MS", value_parser = clap::value_parser!(u64).range(50..=60_000))]
     milliseconds: u64,
 
+    /// Instead of measuring, tell where the time of an operation goes: the guest, KVM, the VMM, the server. Without jobs
+    /// and systems, those that are held against a bar and missed it
+    #[arg(long)]
+    profile: bool,
+
     /// Where to write the figures as JSON
     #[arg(long, default_value = "target/bench/bench.json", value_name = "FILE")]
     json: PathBuf,
@@ -72,9 +78,18 @@ struct Arguments {
     programs: PathBuf,
 }
 
+/// What `--profile` looks at unless it is told otherwise.
+const PROFILED: &[&str] = &["boot", "stat-miss", "create", "unlink", "randread-direct"];
+const PROFILED_SYSTEMS: &[&str] = &["oriel", "oriel-never", "virtiofsd"];
+
 fn order(arguments: &Arguments) -> Result<Order> {
     let mut systems = Vec::new();
-    for name in &arguments.systems {
+    let or = |given: &[String], others: &[&str]| match given.is_empty() && arguments.profile {
+        true => others.iter().map(|name| (*name).to_owned()).collect(),
+        false => given.to_vec(),
+    };
+    let what = or(&arguments.what, PROFILED);
+    for name in &or(&arguments.systems, PROFILED_SYSTEMS) {
         let names: Vec<&str> = SYSTEMS.iter().map(|system| system.name).collect();
         let system = System::named(name)
             .with_context(|| format!("--systems {name}: there are {}", names.join(", ")))?;
@@ -84,20 +99,22 @@ fn order(arguments: &Arguments) -> Result<Order> {
         systems.extend(SYSTEMS);
     }
     let all = jobs::all();
-    for what in &arguments.what {
+    for what in &what {
         let known = what == "boot" || all.iter().any(|job| job.group == what || job.name == what);
         ensure!(known, "{what} is no job; `tests/bench --list` shows them");
     }
-    let wanted = |word: &str| arguments.what.iter().any(|what| what == word);
-    let everything = arguments.what.is_empty();
+    let wanted = |word: &str| what.iter().any(|what| what == word);
+    let everything = what.is_empty();
     Ok(Order {
         systems,
         jobs: all
             .into_iter()
             .filter(|job| everything || wanted(job.group) || wanted(job.name))
             .collect(),
-        rounds: arguments.rounds.into(),
-        milliseconds: arguments.milliseconds,
+        rounds: if arguments.profile { 1 } else { arguments.rounds.into() },
+        profile: arguments.profile,
+        // What the request and the answer take on a serial line is to vanish beside it.
+        milliseconds: arguments.milliseconds.max(if arguments.profile { 3000 } else { 0 }),
         boots: everything || wanted("boot"),
     })
 }
@@ -146,6 +163,9 @@ fn follow(order: &Order) -> Result<Results> {
                 progress.set_message(format!("round {}: {system} {job}", round + 1));
                 shown.push(format!("{job} {}", table::figure(job, figure.nanoseconds)));
             }
+            Event::Profiled((round, system, job), _) => {
+                progress.set_message(format!("round {}: {system} {job}", round + 1));
+            }
             Event::Missed((_, system, job), why) => {
                 say(&progress, &format!("{system} {job}: {why}"))
             }
@@ -184,6 +204,12 @@ fn run(arguments: &Arguments) -> Result<bool> {
     eprintln!("bench: making what is shared");
     input::prepare(&arguments.programs)?;
     let results = follow(&order)?;
+    if order.profile {
+        for (job, profiles) in &results.profiles {
+            println!("{}\n", table::profile(job, profiles));
+        }
+        return Ok(!results.profiles.is_empty());
+    }
     let names: Vec<&str> = order.systems.iter().map(|system| system.name).collect();
     let jobs: Vec<&str> = ["boot", "run-true"]
         .into_iter()

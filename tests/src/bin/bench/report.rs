@@ -12,7 +12,7 @@ const STYLE: &str = "
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
 td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-td:first-child, th:first-child { text-align: left }
+td:first-child, th:first-child, td.text { text-align: left; white-space: normal }
 code { font: 12px/1.4 ui-monospace, monospace; word-break: break-all }
 .missed { color: #a00; font-weight: 600 } .ok { color: #070 }
 .spread { color: #777; font-size: 12px; display: block }
@@ -155,8 +155,15 @@ pub fn html(
                         @for (system, job, why) in &results.missed { tr { td { (system) } td { (job) } td { (why) } } }
                     }
                 }
+                h2 { "Jobs" }
+                p { "What runs in the guest, in the shared directory, after what brings caches into the same state everywhere." }
+                table {
+                    @for job in jobs {
+                        tr { td { (job.name) } td.text { (job.about) } td.text { code { (job.typed()) } } }
+                    }
+                }
                 h2 { "Command lines" }
-                table { @for (system, about) in systems { tr { td { (system) } td style="text-align:left" { (about) } } } }
+                table { @for (system, about) in systems { tr { td { (system) } td.text { (about) } } } }
                 @for (system, line) in &results.commands { p { b { (system) } br; code { (line) } } }
             }
         }

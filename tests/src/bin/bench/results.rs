@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::events::{Event, Figure};
+use crate::trace::Profile;
 
 /// The middle of several figures, and the outermost.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -35,6 +36,8 @@ pub struct Results {
     pub missed: Vec<(String, String, String)>,
     /// By system and job.
     figures: BTreeMap<String, BTreeMap<String, Vec<Figure>>>,
+    /// By job and system, of the last round.
+    pub profiles: BTreeMap<String, BTreeMap<String, Profile>>,
 }
 
 impl Results {
@@ -44,6 +47,9 @@ impl Results {
             Event::Command(system, line) => self.commands.push((system, line)),
             Event::Measured((_, system, job), figure) => {
                 self.figures.entry(system).or_default().entry(job).or_default().push(figure);
+            }
+            Event::Profiled((_, system, job), profile) => {
+                self.profiles.entry(job).or_default().insert(system, profile);
             }
             Event::Missed((_, system, job), why) => {
                 let seen = self.missed.iter().any(|(s, j, _)| *s == system && *j == job);

@@ -1,8 +1,11 @@
 //! Figures as text for a terminal.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use comfy_table::{Cell, CellAlignment, Row, Table, presets};
 
 use crate::results::{Held, Results};
+use crate::trace::Profile;
 
 /// A time as people read it.
 pub fn time(nanoseconds: f64) -> String {
@@ -38,6 +41,46 @@ pub fn medians(results: &Results, jobs: &[&str], systems: &[&str]) -> Table {
         };
         let cells = systems.iter().map(|system| right(one(system)));
         table.add_row([Cell::new(job)].into_iter().chain(cells).collect::<Vec<_>>());
+    }
+    table
+}
+
+/// Where the time of an operation of a job goes: a column a system.
+pub fn profile(job: &str, of: &BTreeMap<String, Profile>) -> Table {
+    /// What happens less often than this in an operation is left out.
+    const SELDOM: f64 = 0.05;
+    /// And all but what happens most often: a boot makes system calls of a hundred kinds.
+    const MOST_COUNTS: usize = 24;
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    let head = of.keys().map(|system| right(system.clone()));
+    table.set_header([Cell::new(job)].into_iter().chain(head));
+    let total = |profile: &Profile| profile.times.values().sum::<f64>();
+    let times: BTreeSet<&String> = of.values().flat_map(|profile| profile.times.keys()).collect();
+    for name in times {
+        let one = |profile: &Profile| {
+            let part = profile.times.get(name).copied().unwrap_or(0.0);
+            format!("{} {:3.0} %", time(part), part / total(profile) * 100.0)
+        };
+        table.add_row([Cell::new(name)].into_iter().chain(of.values().map(|p| right(one(p)))));
+    }
+    let sums = of.values().map(|profile| right(time(total(profile))));
+    table.add_row([Cell::new("together, traced")].into_iter().chain(sums));
+    let names: BTreeSet<&String> = of.values().flat_map(|profile| profile.counts.keys()).collect();
+    let mut counts: Vec<(&String, Vec<f64>)> = names
+        .into_iter()
+        .map(|name| {
+            let one = |profile: &Profile| profile.counts.get(name).copied().unwrap_or(0.0);
+            (name, of.values().map(one).collect())
+        })
+        .collect();
+    let most = |counts: &[f64]| counts.iter().copied().fold(0.0, f64::max);
+    counts.sort_by(|(_, one), (_, other)| most(other).total_cmp(&most(one)));
+    for (name, counts) in counts.iter().take(MOST_COUNTS) {
+        if most(counts) >= SELDOM {
+            let cells = counts.iter().map(|count| right(format!("{count:.2}")));
+            table.add_row([Cell::new(name)].into_iter().chain(cells));
+        }
     }
     table
 }
