@@ -15,11 +15,11 @@ PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
            kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window tests/killed-waiter \
-           tests/dax tests/sandbox tests/suite tests/bench rootfs/image fuzz/run \
+           tests/dax tests/sandbox tests/suite tests/bench tests/kills tests/soak rootfs/image fuzz/run \
            $(wildcard tests/suites/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build kernel system demo test lint unit door fuzz suites-quick suites integration bench install tools
+.PHONY: help build kernel system demo test lint audit unit door fuzz suites-quick suites integration bench install tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -42,7 +42,7 @@ demo: build kernel ## share a directory with a guest and look at it from both si
 	$(unpack)
 	WITH_KVM_CPUS=1 tests/with-kvm tests/demo
 
-test: lint unit door fuzz suites-quick integration ## everything a change must pass
+test: lint audit unit door fuzz suites-quick integration ## everything a change must pass
 
 lint: tools ## formatting, clippy, the scripts' syntax
 	cargo fmt --all --check
@@ -50,6 +50,20 @@ lint: tools ## formatting, clippy, the scripts' syntax
 	cargo clippy --workspace --all-targets -j$(jobs) -- -D warnings
 	for script in $(scripts); do bash -n "$$script" || exit 1; done
 	if command -v shellcheck >/dev/null; then shellcheck -S warning -x $(scripts); fi
+
+# What `deny.toml` says. Neither tool is fetched for it: to build one takes longer than the tests.
+audit: tools ## licences, sources and known holes of what we depend on, as far as the tools and their databases are here
+	@if cargo deny --version >/dev/null 2>&1; then \
+		cargo deny --offline --all-features check licenses bans sources || exit 1; \
+		if cargo deny fetch db >/dev/null 2>&1; then cargo deny check advisories; \
+		else echo "make: advisories are skipped: their database cannot be had here"; fi; \
+	else echo "make: licences, bans and sources are skipped: there is no cargo-deny (cargo install cargo-deny)"; fi
+	@if ! cargo audit --version >/dev/null 2>&1; then \
+		echo "make: known holes are skipped: there is no cargo-audit (cargo install cargo-audit)"; \
+	elif cargo audit --deny warnings >target/audit.log 2>&1; then echo "make: cargo audit knows of no hole"; \
+	elif grep -q "couldn't fetch advisory database" target/audit.log; then \
+		echo "make: known holes are skipped: cargo audit cannot have its database here"; \
+	else cat target/audit.log; exit 1; fi
 
 # Those of a share once more as on a host without file handles.
 unit: tools ## the tests that need no virtual machine

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
+use rustix::process::{Pid, test_kill_process};
 
 /// Bytes of `sun_path` (`linux/un.h`) without its end.
 pub const SUN_PATH: usize = 107;
@@ -108,13 +109,8 @@ fn remove_left_over(path: &Path) -> Result<()> {
     if !there.file_type().is_socket() {
         bail!("{name} is there and is no socket; name another path, or remove it");
     }
-    // Does not wait for whoever listens there.
-    let probe = socket(SocketFlags::NONBLOCK)?;
-    match connect(&probe, &SocketAddrUnix::new(path)?) {
-        Err(Errno::CONNREFUSED | Errno::NOENT) => {}
-        // Also one whose clients queue up.
-        Ok(()) | Err(Errno::AGAIN) => return Err(InUse(path.to_owned()).into()),
-        Err(error) => return Err(error).with_context(|| format!("{name} cannot be looked at")),
+    if somebody_listens(path).with_context(|| format!("{name} cannot be looked at"))? {
+        return Err(InUse(path.to_owned()).into());
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -122,6 +118,45 @@ fn remove_left_over(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether a client could connect. Does not wait for whoever listens there.
+fn somebody_listens(path: &Path) -> Result<bool> {
+    let probe = socket(SocketFlags::NONBLOCK)?;
+    match connect(&probe, &SocketAddrUnix::new(path)?) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        // Also one whose clients queue up.
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Removes from `directory` the sockets that processes have left which were killed: such as end in one of `endings`, and
+/// those that had not got their name yet. Everything else stays, and what cannot be removed.
+pub fn sweep(directory: &Path, endings: &[&str]) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.to_string_lossy();
+        let named = endings.iter().any(|ending| name.ends_with(ending));
+        let left = entry.file_type().is_ok_and(|it| it.is_socket())
+            && match name.rsplit_once('.') {
+                _ if named => somebody_listens(&path).is_ok_and(|listens| !listens),
+                // Its process may be about to listen.
+                Some((before, process))
+                    if endings.iter().any(|ending| before.ends_with(ending)) =>
+                {
+                    process.parse().is_ok_and(is_gone)
+                }
+                _ => false,
+            };
+        if left && let Err(error) = fs::remove_file(&path) {
+            log::debug!("{} stays: {error}", path.display());
+        }
+    }
+}
+
+fn is_gone(process: i32) -> bool {
+    Pid::from_raw(process).is_some_and(|it| test_kill_process(it) == Err(Errno::SRCH))
 }
 
 #[cfg(test)]
@@ -142,6 +177,34 @@ mod tests {
         socket.listener().accept().unwrap();
         drop((socket, client));
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_swept_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let left_at = |name: &str| drop(UnixListener::bind(at(name)).unwrap());
+        let lives = ListeningSocket::new(&at("lives.sock")).unwrap();
+        // No process has so large a number.
+        let starts = format!("starts.sock.{}", std::process::id());
+        for name in ["box.sock", "box.vsock", "box.sock.4194305", "box.other", &starts] {
+            left_at(name);
+        }
+        fs::write(at("file.sock"), "mine").unwrap();
+        fs::write(at("box.log"), "said").unwrap();
+        symlink(at("box.other"), at("link.sock")).unwrap();
+        sweep(directory.path(), &[".sock", ".vsock"]);
+        let mut names: Vec<_> = fs::read_dir(&directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        let mut kept =
+            ["box.log", "box.other", "file.sock", "link.sock", "lives.sock", &starts].to_vec();
+        kept.sort_unstable();
+        assert_eq!(names, kept);
+        drop(lives);
+        sweep(&at("absent"), &[".sock"]);
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::control::Request;
 use crate::control::client::{self, Connection};
+use crate::control::{self, Request};
 use crate::sandbox::{State, Status};
 
 /// How long a sandbox may take to say what it is. It does so at once, unless its process was stopped.
@@ -26,9 +26,10 @@ pub struct PsArgs {
 
 /// Prints them.
 pub fn ps(args: &PsArgs) -> Result<u8> {
+    control::sweep(&control::directory()?);
     let mut rows = vec![["NAME", "PID", "STATE", "UPTIME", "COMMAND"].map(String::from)];
     for name in client::names()? {
-        // What was killed has left a socket at which nobody listens.
+        // It was killed meanwhile.
         let Ok(mut sandbox) = Connection::open(&name) else { continue };
         let status = sandbox.waits(PATIENCE).and_then(|()| sandbox.ask_for(&Request::Status {}));
         match status {

@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::logs;
+use crate::{logs, socket};
 
 /// The longest line that is read, in bytes. What is said fits several times.
 const MAX_LINE: usize = 64 << 10;
@@ -132,6 +132,8 @@ pub fn directory() -> Result<PathBuf> {
 
 /// What the name of a sandbox's socket ends in.
 const SOCKET: &str = ".sock";
+/// … and that of the one where streams to its ports begin.
+const VSOCK: &str = ".vsock";
 
 /// The socket of the sandbox `name`, which was checked.
 fn socket_path(directory: &Path, name: &str) -> PathBuf {
@@ -148,6 +150,14 @@ fn hold(directory: &Path) -> Result<File> {
     let lock = File::open(directory).context("cannot be opened")?;
     flock(&lock, FlockOperation::LockExclusive).context("cannot be locked")?;
     Ok(lock)
+}
+
+/// Removes the sockets of sandboxes that were killed. Their logs stay: somebody may want to know why.
+pub fn sweep(directory: &Path) {
+    match hold(directory) {
+        Ok(_lock) => socket::sweep(directory, &[SOCKET, VSOCK]),
+        Err(error) => log::debug!("{}: {error:#}", directory.display()),
+    }
 }
 
 /// Removes what the sandbox `name` has left. Says whether there was anything.
@@ -180,7 +190,7 @@ pub fn forget(directory: &Path, name: &str) -> Result<bool> {
 
 /// The socket of its streams over vsock, where it was given no other.
 pub fn vsock_path(directory: &Path, name: &str) -> PathBuf {
-    directory.join(format!("{name}.vsock"))
+    directory.join(format!("{name}{VSOCK}"))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod hostile;
 mod kata;
 mod litmus;
 mod locks;
+mod log;
 mod map;
 mod vsock;
 mod wander;
@@ -28,6 +29,12 @@ fn main() -> ExitCode {
         ["lock", file] => locks::serve(file.as_ref()),
         ["locks", directory] => files::locks(directory.as_ref()),
         ["read-only", directory] => files::refused(directory.as_ref()),
+        ["log", directory, from] => {
+            number(from).and_then(|from| log::write(directory.as_ref(), from))
+        }
+        ["log-check", directory, last] => {
+            number(last).and_then(|last| log::check(directory.as_ref(), last))
+        }
         ["map", file] => map::serve(file.as_ref()),
         ["bench", ref files @ ..] => bench::serve(files),
         ["litmus", file, side, from, rounds] => number(side).and_then(|side| {
@@ -45,8 +52,8 @@ fn main() -> ExitCode {
         ["vsock"] => vsock::serve(),
         ["vsock-pipe", port] => vsock::pipe(port),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|lock|locks|read-only|map|bench|litmus|cut|noise|pages|wander|hostile|touch-window|\
-             vsock|vsock-pipe …, not {words:?}"
+            "guest-probe files|lock|locks|log|log-check|read-only|map|bench|litmus|cut|noise|pages|wander|hostile|\
+             touch-window|vsock|vsock-pipe …, not {words:?}"
         )),
     };
     match result {
