@@ -14,7 +14,8 @@
 //! - [`bus`], [`pci`]: how the guest reaches a device;
 //! - [`virtio`]: queues and transport, and the devices: [`virtio::fs`], which joins all of the above,
 //!   [`virtio::console`], [`virtio::vsock`] and [`virtio::rng`];
-//! - [`serial`], [`power`]: the two legacy devices a guest needs.
+//! - [`serial`], [`power`]: the two legacy devices a guest needs;
+//! - [`threads`]: what each thread of these is for, for who wants to confine them.
 
 pub mod bus;
 pub mod dax;
@@ -27,6 +28,7 @@ pub mod share;
 #[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;
+pub mod threads;
 pub mod tree;
 pub mod virtio;
 

@@ -174,6 +174,7 @@ fn kill_again_and_again(kills: u64) {
         let now = traces(&log_name);
         let left: Vec<_> = now.symmetric_difference(&before).collect();
         outcome.check(left.is_empty(), &format!("round {round}: {left:?}"));
+        println!("{}: {options}, {next} entries, {rows} transactions", round + 1);
     }
     println!(
         "{kills} kills, {early} of them before the first entry; {next} entries and {rows} transactions that were \

@@ -32,6 +32,18 @@ fn threads(guest: &Running) -> Vec<BTreeMap<String, String>> {
     tasks.flatten().filter_map(status).collect()
 }
 
+/// It has filters of system calls: the two that the process has, and the two of its own kind. (One that shows progress on a
+/// terminal has no kind.)
+fn is_filtered(thread: &BTreeMap<String, String>) {
+    let name = &thread["Name"];
+    assert_eq!(thread["Seccomp"], "2", "{name}");
+    let has_kind = name != "oriel" || thread["Pid"] == thread["Tgid"];
+    // Linux 5.9.
+    if let Some(filters) = thread.get("Seccomp_filters").filter(|_| has_kind) {
+        assert!(filters.parse::<u32>().unwrap() >= 4, "{name}: {filters} filters");
+    }
+}
+
 fn set(capabilities: &[u32]) -> String {
     format!("{:016x}", capabilities.iter().fold(0u64, |set, number| set | 1 << number))
 }
@@ -60,6 +72,7 @@ fn of_the_host_a_sandbox_has_its_shares_and_no_right_that_they_do_not_need() {
     for thread in threads {
         let name = &thread["Name"];
         assert_eq!(thread["NoNewPrivs"], "1", "{name}");
+        is_filtered(&thread);
         assert_eq!((&thread["CapPrm"], &thread["CapEff"]), (&expected, &expected), "{name}");
         for none in ["CapInh", "CapBnd", "CapAmb"] {
             assert_eq!(thread[none], set(&[]), "{name}: {none}");
@@ -123,6 +136,8 @@ fn a_directory_is_added_by_its_descriptor_and_not_by_its_name() {
     let share = format!("{}:/a", tree.text());
     Oriel::command(&["share", "add", &name, &share]).finish().exits_with(0).says_no_error();
     assert_eq!(guest.ask("cat /s/a/file"), "one");
+    // One of the control socket and one of streams are among them, and those that came with the share.
+    threads(&guest).iter().for_each(is_filtered);
     let list = Oriel::command(&["share", "list", &name]).finish();
     list.check(list.text().contains(tree.text()), "it has the name that it has on the host");
     guest.finish().exits_with(0);
@@ -136,6 +151,7 @@ fn without_walls_it_says_so_and_has_all_that_the_user_has() {
     let mut guest = Oriel::run(&args).guest(&["sh"]).start();
     assert_eq!(guest.ask("cat /s/file"), "one");
     assert!(threads(&guest).iter().all(|thread| thread["NoNewPrivs"] == "0"));
+    assert!(threads(&guest).iter().all(|thread| thread["Seccomp"] == "0"));
     assert!(fs::exists(format!("/proc/{}/root/etc", guest.process_id())).unwrap());
     let outcome = guest.finish();
     outcome.exits_with(0);

@@ -20,6 +20,7 @@ use serde_json::Value;
 use super::lines::Lines;
 use super::{MAX_LINE, Reply, Request, hold, socket_path};
 use crate::socket::{InUse, ListeningSocket};
+use crate::walls::{self, Role};
 
 /// The most clients at a time: each has a thread.
 const MOST_CLIENTS: usize = 64;
@@ -101,7 +102,7 @@ impl ControlSocket {
                 }
             }
         };
-        std::thread::Builder::new().name("control".into()).spawn(accept).context("thread")?;
+        walls::start(Role::Control, "control", accept).context("thread")?;
         Ok(())
     }
 }
@@ -141,7 +142,7 @@ fn begin(mut stream: UnixStream, clients: &Arc<Clients>, handler: &Arc<Handler>)
         }
         all.count.fetch_sub(1, Ordering::Relaxed);
     };
-    if let Err(error) = std::thread::Builder::new().name("control-client".into()).spawn(body) {
+    if let Err(error) = walls::start(Role::Control, "control-client", body) {
         log::warn!("a client of the control socket is not heard: {error}");
         clients.count.fetch_sub(1, Ordering::Relaxed);
     }

@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::{StopReason, watch};
+use crate::walls::{self, Role};
 
 /// How long [`stop`] waits between two kicks. One kick can fall just before `KVM_RUN` and be lost.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
@@ -52,10 +53,7 @@ pub fn start(id: u8, vcpu: VcpuFd, exits: Arc<Exits>) -> Result<JoinHandle<()>> 
     extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     // The handler does nothing: that the signal arrives is what ends KVM_RUN.
     register_signal_handler(SIGRTMIN(), kicked).context("signal handler")?;
-    std::thread::Builder::new()
-        .name(format!("vcpu{id}"))
-        .spawn(move || run(vcpu, &exits))
-        .context("vCPU thread")
+    walls::start(Role::Vcpu, format!("vcpu{id}"), move || run(vcpu, &exits)).context("vCPU thread")
 }
 
 /// Ends all vCPU threads. One that hangs in the host is left behind with a warning.

@@ -14,6 +14,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::faults::FaultCounters;
 use super::vcpu::Exits;
+use crate::walls::{self, Role};
 
 /// How long a program of the guest may hang over a page of a file that shrank. Each look asks the host once for each
 /// mapped file, and nothing while no file is mapped.
@@ -62,7 +63,7 @@ pub fn start(exits: Arc<Exits>, vcpus: &[VcpuFd]) -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("dax-watch".into()).spawn(watch).context("window thread")?;
+    walls::start(Role::Watch, "dax-watch", watch).context("window thread")?;
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use devices::serial::SerialPort;
+use devices::threads::Work;
 use devices::virtio::console::{ConsoleDevice, Port, PortInput};
 use oriel_init::frames::Kind;
 use oriel_init::protocol::{CONTROL_PORT, FromHost, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
@@ -15,6 +16,7 @@ use super::streams::{Messages, Notifier, Output};
 use crate::logs::Log;
 use crate::machine::Machine;
 use crate::stdio::{self, duplicate};
+use crate::walls::{self, Role};
 
 /// Input is read from the user no faster than COM1 takes it.
 const INPUT_AHEAD: usize = 64 << 10;
@@ -128,6 +130,6 @@ pub fn forward_input(sink: Sink) -> Result<()> {
             port.close();
         }
     };
-    std::thread::Builder::new().name("stdin".into()).spawn(forward).context("input thread")?;
+    walls::start(Role::Device(Work::Bytes), "stdin", forward).context("input thread")?;
     Ok(())
 }

@@ -230,6 +230,7 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         // It does not say when it is ready.
         supervisor.detach()?;
     }
+    walls::enter(walls::Role::Main)?;
     let outcome = supervisor.wait()?;
     machine.stop();
     running.retire();
@@ -287,6 +288,7 @@ impl Named {
     fn new(name: &str, args: &RunArgs) -> Result<Self> {
         let option = || format!("--name {name}");
         let directory = control::directory().with_context(option)?;
+        control::sweep(&directory);
         let control = ControlSocket::new(&directory, name).with_context(option)?;
         let path = args.vsock.is_none().then(|| control::vsock_path(&directory, name));
         let vsock =

@@ -22,6 +22,7 @@ use crate::logs::Log;
 use crate::machine::StopReason;
 use crate::signals::{self, Patience, Signals};
 use crate::terminal::{self, RawTerminal};
+use crate::walls::{self, Role};
 
 /// A boot that takes longer than this shows that it goes on.
 const PROGRESS_AFTER: Duration = Duration::from_secs(2);
@@ -203,7 +204,7 @@ impl Supervisor {
             }
             notifier.send(Event::Drained);
         };
-        if let Err(error) = std::thread::Builder::new().name("drain".into()).spawn(drain) {
+        if let Err(error) = walls::start(Role::Main, "drain", drain) {
             log::error!("output may be lost: {error}");
             self.notifier.send(Event::Drained);
         }

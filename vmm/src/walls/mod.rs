@@ -8,7 +8,8 @@
 //! - other mounts, if the process may mount ([`namespace`]): the shared directories, those in which its sockets and
 //!   logs are, and nothing else of the host;
 //! - only the capabilities that serving the shares takes ([`capabilities`]);
-//! - the rules of Landlock ([`files`]), as far as this kernel has them and they let the shares work.
+//! - the rules of Landlock ([`files`]), as far as this kernel has them and they let the shares work;
+//! - the system calls that each kind of thread makes ([`seccomp`]): who starts one says which kind it is ([`start`]).
 //!
 //! [`report`] says which of them this host has.
 
@@ -16,6 +17,7 @@ mod capabilities;
 mod files;
 mod limits;
 mod namespace;
+mod seccomp;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -24,6 +26,7 @@ use anyhow::{Context, Result};
 use rustix::thread::{CapabilitySet, set_no_new_privs};
 
 pub use self::capabilities::Needs;
+pub use self::seccomp::{Role, enter, start};
 
 /// A directory that the guest is to have.
 pub struct Shared<'p> {
@@ -101,7 +104,12 @@ fn raise_all(plan: &Plan<'_>) -> Result<Inside> {
     let kept = capabilities::keep(plan.needs)?;
     let rules = files::Rules::of(plan, &inside, kept);
     let landlock = files::restrict(&rules)?;
-    log::info!("walls: {}; {landlock}; {}", mounts(&inside), capabilities::described(kept));
+    seccomp::prepare()?;
+    log::info!(
+        "walls: {}; {landlock}; {}; filters of system calls",
+        mounts(&inside),
+        capabilities::described(kept)
+    );
     if !inside.moved && !landlock.files {
         log::info!(
             "walls: nothing but the shares themselves keeps this process from the user's other files"
@@ -133,5 +141,16 @@ pub fn report() -> Vec<Line> {
         ),
     };
     let landlock = files::available();
-    vec![("mounts", mounts.0, mounts.1), ("landlock", landlock.0, landlock.1)]
+    let seccomp = match seccomp::available() {
+        true => (true, "each thread makes the system calls that it needs and no others"),
+        false => (
+            false,
+            "the host's kernel has no filters (CONFIG_SECCOMP_FILTER); sandboxes need --no-sandbox",
+        ),
+    };
+    vec![
+        ("mounts", mounts.0, mounts.1),
+        ("landlock", landlock.0, landlock.1),
+        ("seccomp", seccomp.0, seccomp.1.into()),
+    ]
 }

@@ -9,10 +9,11 @@
 //! moment; then it is granted, and the one who asked is told so.
 
 use std::sync::mpsc;
-use std::thread;
+use std::thread::Builder;
 
 use super::sys::Alarm;
 use crate::fuse::{Errno, Interrupt, LockReply, Pending, Result, Wait};
+use crate::threads::{self, Work};
 
 /// Bytes of a waiting thread's stack. It makes a system call and logs at most.
 const STACK_SIZE: usize = 128 << 10;
@@ -35,12 +36,11 @@ pub(super) fn start(
         drop(attempt);
         pending.finish(result);
     };
-    thread::Builder::new().name("lock-waiter".into()).stack_size(STACK_SIZE).spawn(body).map_err(
-        |error| {
-            log::warn!("no thread to wait for a lock: {error}");
-            Errno::NOLCK
-        },
-    )?;
+    let builder = Builder::new().name("lock-waiter".into()).stack_size(STACK_SIZE);
+    threads::spawn_by(builder, Work::Files, body).map_err(|error| {
+        log::warn!("no thread to wait for a lock: {error}");
+        Errno::NOLCK
+    })?;
     // If the thread is gone by now, the request is dropped here, and so answered.
     let _ = sender.send(wait.begin()?);
     Ok(LockReply::Waiting)

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -12,6 +12,7 @@ use super::input::{Pending, PortInput};
 use super::output::Transmitter;
 use super::worker::{PortState, Worker};
 use crate::sync::lock;
+use crate::threads::{self, Work};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 /// Device type (5.3.1).
@@ -123,8 +124,8 @@ impl ConsoleDevice {
         let body = transmitter.clone();
         // The kernel keeps 15 bytes of a thread's name: the last ones tell ports apart.
         let tail = name.rsplit('.').next().unwrap_or(name);
-        let thread =
-            thread::Builder::new().name(format!("port:{tail}")).spawn(move || body.run(writer))?;
+        let name = format!("port:{tail}");
+        let thread = threads::spawn(Work::Bytes, name, move || body.run(writer))?;
         lock(&self.transmitting).push(thread);
         Ok(transmitter)
     }
@@ -208,7 +209,7 @@ impl VirtioDevice for ConsoleDevice {
             doorbell: self.doorbell.clone(),
             stopped: stopped.clone(),
         };
-        let thread = thread::Builder::new().name("console".into()).spawn(move || worker.run())?;
+        let thread = threads::spawn(Work::Bytes, "console", move || worker.run())?;
         *lock(&self.running) = Some(Running { stopped, thread });
         for (output, queue) in outputs {
             output.activate(queue, memory.clone(), interrupts.clone());

@@ -3,12 +3,13 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_sys_util::signal::Killable;
 
 use crate::kick;
+use crate::threads::{self, Work};
 
 /// How one is started: its name, and what it does.
 pub(super) type Spawn =
@@ -16,7 +17,7 @@ pub(super) type Spawn =
 
 /// In the usual way.
 pub(super) fn spawn(name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
-    Builder::new().name(name).spawn(body)
+    threads::spawn(Work::Files, name, body)
 }
 
 /// One that was started.

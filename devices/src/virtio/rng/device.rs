@@ -3,12 +3,13 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::worker::Worker;
 use crate::sync::lock;
+use crate::threads::{self, Work};
 use crate::virtio::{Activation, VirtioDevice};
 
 /// Device type (5.4.1).
@@ -83,7 +84,7 @@ impl VirtioDevice for RngDevice {
             doorbell: self.doorbell.clone(),
             stopped: stopped.clone(),
         };
-        let thread = thread::Builder::new().name("rng".into()).spawn(move || worker.run())?;
+        let thread = threads::spawn(Work::Bytes, "rng", move || worker.run())?;
         *lock(&self.running) = Some(Running { stopped, thread });
         Ok(())
     }

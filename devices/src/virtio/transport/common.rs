@@ -350,7 +350,8 @@ impl CommonConfiguration {
     /// free meanwhile, so that all vCPUs can read registers as long as this takes.
     ///
     /// A device waits for the requests that it is serving, and those for the host. When the host does not
-    /// answer, that must not be the end of a vCPU: so it happens on a thread of its own.
+    /// answer, that must not be the end of a vCPU: so it happens on a thread of its own, which may do what the vCPU's
+    /// may.
     fn reset(self: &Arc<Self>) {
         self.signals.set_running(false);
         let (done, ended) = mpsc::channel();

@@ -4,7 +4,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
@@ -15,6 +15,7 @@ use super::host::HostSide;
 use super::poll::Poll;
 use super::worker::{Active, Shared};
 use crate::sync::lock;
+use crate::threads::{self, Work};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
 /// Device type (5.10.1).
@@ -57,7 +58,7 @@ impl VsockDevice {
         let host = HostSide::new(listener, path)?;
         let shared = Arc::new(Shared::new(poll, host, config.guest_cid())?);
         let body = shared.clone();
-        let thread = thread::Builder::new().name("vsock".into()).spawn(move || body.run(waiter))?;
+        let thread = threads::spawn(Work::Sockets, "vsock", move || body.run(waiter))?;
         Ok(Self { config, shared, doorbell, thread: Mutex::new(Some(thread)) })
     }
 
