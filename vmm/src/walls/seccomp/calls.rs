@@ -47,7 +47,7 @@ const THREADS: &[Call] = calls![SYS_clone SYS_clone3 SYS_seccomp];
 
 /// Sockets that are there, and such as connect.
 const SOCKETS: &[Call] = calls![
-    SYS_accept4 SYS_connect SYS_socket SYS_shutdown SYS_getsockopt SYS_setsockopt
+    SYS_accept4 SYS_connect SYS_socket SYS_socketpair SYS_shutdown SYS_getsockopt SYS_setsockopt
     SYS_recvfrom SYS_recvmsg SYS_sendmsg
 ];
 
@@ -230,6 +230,7 @@ fn arguments(role: Role) -> Result<Vec<(libc::c_long, Vec<SeccompRule>)>> {
         (libc::SYS_clone, one(masked(0, libc::CLONE_THREAD | NAMESPACES, libc::CLONE_THREAD))?),
         (libc::SYS_unshare, one(is(0, libc::CLONE_FS as u64))?),
         (libc::SYS_socket, one(is(0, libc::AF_UNIX as u64))?),
+        (libc::SYS_socketpair, one(is(0, libc::AF_UNIX as u64))?),
         (libc::SYS_mmap, not_executable()?),
         (libc::SYS_mprotect, not_executable()?),
         // Whoever makes a refused call is not to hear of it.
