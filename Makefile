@@ -15,7 +15,7 @@ PREFIX ?= /usr/local
 
 scripts := kernel-config/fetch kernel-config/check kernel-config/build kernel-config/debian-packages.sh \
            kernel-config/modules.sh tests/with-kvm tests/with-fuse tests/demo tests/grow-window tests/killed-waiter \
-           tests/dax tests/sandbox tests/suite tests/bench tests/kills tests/soak rootfs/image fuzz/run \
+           tests/dax tests/sandbox tests/watch tests/suite tests/bench tests/kills tests/soak rootfs/image fuzz/run \
            $(wildcard tests/suites/*)
 
 .DEFAULT_GOAL := help

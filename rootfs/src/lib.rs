@@ -5,3 +5,4 @@ pub mod frames;
 pub mod initramfs;
 pub mod protocol;
 pub mod vsock;
+pub mod watch;

@@ -1,10 +1,10 @@
 //! The few system calls that neither std nor rustix offers, each behind a safe function.
 #![expect(unsafe_code, reason = "system calls through libc, and code between fork and exec")]
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 use std::io;
 use std::net::UdpSocket;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -133,4 +133,123 @@ pub(crate) fn start_as(
     // SAFETY: between fork and exec the closure makes system calls only: it neither allocates (`groups` and `limits`
     // were allocated before) nor takes a lock that another thread could have held at the fork.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// `struct mount_attr` of linux/mount.h.
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+/// The numbers of linux/mount.h.
+const MOUNT_ATTR_RDONLY: u64 = 0x1;
+const MOUNT_ATTR_NOSUID: u64 = 0x2;
+const MOUNT_ATTR_NODEV: u64 = 0x4;
+const MOUNT_ATTR_NOEXEC: u64 = 0x8;
+
+/// The directory at a path, open for reading, by a mount that is nowhere; through one that is `read_only` nothing can be
+/// changed.
+///
+/// # Errors
+///
+/// The kernel's; `ENOSYS` before Linux 5.12.
+pub(crate) fn twin_mount(path: &CStr, read_only: bool) -> io::Result<OwnedFd> {
+    use rustix::mount::OpenTreeFlags as Flags;
+    let flags = Flags::OPEN_TREE_CLONE | Flags::OPEN_TREE_CLOEXEC;
+    let mount = rustix::mount::open_tree(rustix::fs::CWD, path, flags)?;
+    let attributes = MountAttributes {
+        set: MOUNT_ATTR_NOSUID
+            | MOUNT_ATTR_NODEV
+            | MOUNT_ATTR_NOEXEC
+            | if read_only { MOUNT_ATTR_RDONLY } else { 0 },
+        clear: 0,
+        propagation: 0,
+        user_namespace: 0,
+    };
+    // SAFETY: the kernel reads an empty path and a struct of the length that is given; both live across the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    use rustix::fs::OFlags;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(mount, c".", flags, rustix::fs::Mode::empty())?)
+}
+
+/// `struct file_handle` of open_by_handle_at(2) as FUSE has them (`FILEID_INO64_GEN` of linux/exportfs.h): the upper and
+/// the lower half of a node id, and a generation, which Oriel's nodes have none of.
+#[repr(C)]
+struct FuseHandle {
+    bytes: u32,
+    kind: i32,
+    node: [u32; 2],
+    generation: u32,
+}
+
+const FILEID_INO64_GEN: i32 = 0x81;
+
+/// Opens a file of a FUSE file system by its node id, through the mount that `mount` is on, if the kernel has it in
+/// memory.
+///
+/// # Errors
+///
+/// `ESTALE` when it has not; the kernel's.
+pub(crate) fn open_fuse_node(
+    mount: BorrowedFd<'_>,
+    node: u64,
+    flags: rustix::fs::OFlags,
+) -> Result<OwnedFd, rustix::io::Errno> {
+    let handle = FuseHandle {
+        bytes: 12,
+        kind: FILEID_INO64_GEN,
+        node: [(node >> 32) as u32, node as u32],
+        generation: 0,
+    };
+    let flags = flags | rustix::fs::OFlags::CLOEXEC;
+    // SAFETY: the kernel reads the struct, with as many bytes behind its first two fields as it says.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_raw_fd(),
+            &raw const handle,
+            flags.bits(),
+        )
+    };
+    let fd = c_int::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(rustix::io::Errno::from_io_error(&io::Error::last_os_error())
+            .unwrap_or(rustix::io::Errno::IO));
+    }
+    // SAFETY: a file descriptor that was just made, and is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The calling thread's requests to file systems are those of a group, until this is dropped. The thread is of group 0.
+pub(crate) struct FileGroup(());
+
+impl FileGroup {
+    pub(crate) fn take(group: u32) -> Self {
+        // SAFETY: setfsgid takes a number, and concerns the calling thread alone.
+        unsafe { libc::syscall(libc::SYS_setfsgid, group) };
+        Self(())
+    }
+}
+
+impl Drop for FileGroup {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { libc::syscall(libc::SYS_setfsgid, 0) };
+    }
 }

@@ -16,6 +16,7 @@ mod guest;
 pub mod jobs;
 pub mod kata;
 mod locker;
+pub mod model;
 mod run;
 mod terminal;
 mod tree;

@@ -111,6 +111,7 @@ pub(crate) struct Guest {
     pub share: Arc<Share>,
     pub window: Option<Arc<Window>>,
     pub session: Arc<Session>,
+    pub pid: u32,
     pub uid: u32,
     pub gid: u32,
     /// Writable bytes of the next requests.
@@ -180,6 +181,7 @@ impl Guest {
             share,
             window,
             session,
+            pid: 1,
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
             room: 2 << 20,
@@ -224,7 +226,7 @@ impl Guest {
             nodeid,
             uid: self.uid,
             gid: self.gid,
-            pid: 1,
+            pid: self.pid,
             padding: 0,
         };
         [header.as_slice(), &body].concat()

@@ -1,6 +1,7 @@
 //! Attributes: what a file says of itself, and SETATTR.
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmodat,
@@ -11,6 +12,7 @@ use super::identity::WithoutFsetid;
 use super::ids::{GuestGid, GuestUid, HostGid, HostUid};
 use super::inode::Inode;
 use super::mount::Mount;
+use super::options::DAY;
 use super::{DaxPolicy, ITSELF, Share, host};
 use crate::fuse::abi::{self, ATTR_DAX, Attr, AttrOut, SetattrIn, SetattrValid, StatxOut, SxTime};
 use crate::fuse::{Caller, Errno, Result};
@@ -54,6 +56,7 @@ impl Share {
     /// The attributes as FUSE has them. `flags` is what comes on top of [`ATTR_DAX`].
     pub(super) fn attr(&self, inode: &Inode, stat: &Statx, flags: u32) -> Attr {
         let mode = u32::from(stat.stx_mode);
+        let mtime = self.listing_time(inode, stat);
         Attr {
             ino: stat.stx_ino,
             size: stat.stx_size,
@@ -63,7 +66,7 @@ impl Share {
             mtime: stat.stx_mtime.tv_sec as u64,
             ctime: stat.stx_ctime.tv_sec as u64,
             atimensec: stat.stx_atime.tv_nsec,
-            mtimensec: stat.stx_mtime.tv_nsec,
+            mtimensec: mtime,
             ctimensec: stat.stx_ctime.tv_nsec,
             mode,
             nlink: stat.stx_nlink,
@@ -76,19 +79,28 @@ impl Share {
     }
 
     fn attr_out(&self, inode: &Inode, file: impl AsFd) -> Result<AttrOut> {
-        let timeout = self.options.timeouts().attributes;
+        let stat = host::stat(file)?;
+        let timeout = self.attributes_timeout(inode, &stat);
         Ok(AttrOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
-            attr: self.attr(inode, &host::stat(file)?, 0),
+            attr: self.attr(inode, &stat, 0),
         })
+    }
+
+    /// For how long the guest may keep the attributes of a node.
+    pub(super) fn attributes_timeout(&self, inode: &Inode, stat: &Statx) -> Duration {
+        match &self.watch {
+            Some(watch) if watch.has_attributes(inode, stat.stx_nlink) => DAY,
+            _ => self.options.timeouts().attributes,
+        }
     }
 
     /// The node of a request that may name a handle, which then has to be one of that node.
     fn node(&self, caller: Caller, fh: Option<u64>) -> Result<std::sync::Arc<Inode>> {
         let inode = self.inodes.get(caller.nodeid)?;
-        if let Some(fh) = fh {
+        if let Some(fh) = fh.filter(|fh| !self.is_unopened(*fh)) {
             self.handles.get(caller.nodeid, fh)?;
         }
         Ok(inode)
@@ -96,7 +108,11 @@ impl Share {
 
     pub(super) fn get_attributes(&self, caller: Caller, fh: Option<u64>) -> Result<AttrOut> {
         let inode = self.node(caller, fh)?;
-        self.attr_out(&inode, self.file(&inode)?)
+        let file = self.file(&inode)?;
+        if inode.is_directory() {
+            self.covers(&inode, &file);
+        }
+        self.attr_out(&inode, file)
     }
 
     /// STATX: attributes and the birth time, of these what is `wanted` and what the host has. Mounts have
@@ -109,7 +125,7 @@ impl Share {
     ) -> Result<StatxOut> {
         let inode = self.node(caller, fh)?;
         let stat = host::stat(self.file(&inode)?)?;
-        let timeout = self.options.timeouts().attributes;
+        let timeout = self.attributes_timeout(&inode, &stat);
         // STATX_BASIC_STATS and STATX_BTIME, the fields that fuse_statx has.
         let known = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
         let mut mask = stat.stx_mask & known & wanted;
@@ -164,7 +180,7 @@ impl Share {
         let inode = self.inodes.get(caller.nodeid)?;
         let _changing = self.change()?;
         inode.check_open_to_guests()?;
-        let handle = match valid.contains(SetattrValid::FH) {
+        let handle = match valid.contains(SetattrValid::FH) && !self.is_unopened(change.fh) {
             true => Some(self.handles.get(caller.nodeid, change.fh)?),
             false => None,
         };

@@ -104,7 +104,7 @@ impl Share {
             return Err(Errno::WOULD_WAIT);
         }
         let _buffer = self.buffers.take(sink.room())?;
-        let handle = self.handles.get(caller.nodeid, fh)?;
+        let handle = self.open_handle(caller.nodeid, fh)?;
         let directory = handle.directory()?;
         let mut guard = directory.position.lock().unwrap_or_else(PoisonError::into_inner);
         let position = &mut *guard;

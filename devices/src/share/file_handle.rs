@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::sys::{MAX_HANDLE, RawHandle, name_to_handle, open_by_handle};
+use super::sys::{RawHandle, name_to_handle, open_by_handle};
 use crate::fuse::Result;
 
 /// So long are the handles of most: ext4 and f2fs 8 bytes, XFS and tmpfs 12, btrfs 20. Those of network file
@@ -30,6 +30,11 @@ impl FileHandle {
     /// `EOPNOTSUPP` where the file system has none, and others of the host.
     pub(super) fn of(fd: impl AsFd) -> Result<Self> {
         Ok(Self::from_raw(&name_to_handle(fd)?))
+    }
+
+    /// The one that the host's kernel has written so.
+    pub(super) fn of_bytes(kind: i32, bytes: &[u8]) -> Self {
+        Self::from_raw(&RawHandle::new(kind, bytes))
     }
 
     /// An `O_PATH` descriptor of the file, seen through the mount that `mount` is on. `mount` must be open
@@ -61,12 +66,7 @@ impl FileHandle {
             }
             Self::Long(long) => (long.0, &*long.1),
         };
-        // Neither is longer than what it was made from.
-        let mut raw = RawHandle { len: bytes.len() as u32, kind, bytes: [0; MAX_HANDLE] };
-        for (to, from) in raw.bytes.iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        raw
+        RawHandle::new(kind, bytes)
     }
 }
 
@@ -74,6 +74,7 @@ impl FileHandle {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
+    use super::super::sys::MAX_HANDLE;
     use super::*;
     use crate::fuse::Errno;
 

@@ -10,8 +10,8 @@ use crate::fuse::abi::{
     LkIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
 };
 use crate::fuse::{
-    Caller, DirectorySink, FileSystem, LockReply, Payload, Placement, Preferences, Result, Wait,
-    XattrReply,
+    Caller, DirectorySink, Errno, FileSystem, LockReply, Payload, Placement, Preferences, Result,
+    Wait, XattrReply,
 };
 
 impl FileSystem for Share {
@@ -27,12 +27,14 @@ impl FileSystem for Share {
             readdirplus: true,
             acl: self.options.acl,
             groups: self.switch_identity,
+            unopened: self.may_do_without_open(),
             locks: self.options.locks == LockPolicy::Host,
         }
     }
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {
-        self.mapped.iter().flat_map(|mapped| mapped.statistics()).collect()
+        let mapped = self.mapped.iter().flat_map(|mapped| mapped.statistics());
+        mapped.chain(self.watch_statistics()).collect()
     }
 
     fn window_has_grown(&self, size: u64) {
@@ -70,12 +72,19 @@ impl FileSystem for Share {
         self.locks.clear();
         self.inodes.clear();
         self.directories.clear();
+        if let Some(watch) = &self.watch {
+            watch.clear();
+            self.unopened.clear();
+        }
         if let Some(mapped) = &self.mapped {
             mapped.all_forgotten(self.numbers.first..=self.numbers.last);
         }
     }
 
     fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
+        if self.watch.as_ref().is_some_and(|watch| watch.is_raised(caller, name)) {
+            return Err(Errno::NOENT);
+        }
         self.look_up(caller, name)
     }
 
@@ -92,6 +101,9 @@ impl FileSystem for Share {
     }
 
     fn setattr(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
+        if self.is_raising(caller).is_some() {
+            return self.get_attributes(caller, None);
+        }
         self.set_attributes(caller, change)
     }
 
@@ -104,22 +116,37 @@ impl FileSystem for Share {
     }
 
     fn symlink(&self, caller: Caller, name: &CStr, target: &CStr) -> Result<EntryOut> {
+        if let Some(watch) = self.is_raising(caller) {
+            return self.make_as_if(watch, caller, name);
+        }
         self.make_symlink(caller, name, target)
     }
 
     fn mknod(&self, caller: Caller, name: &CStr, mode: u32, rdev: u32) -> Result<EntryOut> {
+        if let Some(watch) = self.is_raising(caller) {
+            return self.make_as_if(watch, caller, name);
+        }
         self.make_node(caller, name, mode, rdev)
     }
 
     fn mkdir(&self, caller: Caller, name: &CStr, mode: u32) -> Result<EntryOut> {
+        if let Some(watch) = self.is_raising(caller) {
+            return self.make_as_if(watch, caller, name);
+        }
         self.make_directory(caller, name, mode)
     }
 
     fn unlink(&self, caller: Caller, name: &CStr) -> Result<()> {
+        if self.is_raising(caller).is_some() {
+            return Ok(());
+        }
         self.remove(caller, name, AtFlags::empty())
     }
 
     fn rmdir(&self, caller: Caller, name: &CStr) -> Result<()> {
+        if self.is_raising(caller).is_some() {
+            return Ok(());
+        }
         self.remove(caller, name, AtFlags::REMOVEDIR)
     }
 
@@ -131,15 +158,23 @@ impl FileSystem for Share {
         new_name: &CStr,
         flags: u32,
     ) -> Result<()> {
+        if self.is_raising(caller).is_some() {
+            return Ok(());
+        }
         self.move_entry(caller, name, new_directory, new_name, flags)
     }
 
     fn link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut> {
+        self.refuse_raising(caller)?;
         self.make_link(caller, nodeid, name)
     }
 
     fn open(&self, caller: Caller, flags: u32, fuse_flags: u32) -> Result<OpenOut> {
         let inode = self.inodes.get(caller.nodeid)?;
+        let reads = flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32;
+        if !reads && self.is_raising(caller).is_some() {
+            return self.open_as_if(&inode);
+        }
         self.open_inode(caller, &inode, flags, fuse_flags & OPEN_KILL_SUIDGID != 0)
     }
 
@@ -149,10 +184,12 @@ impl FileSystem for Share {
         name: &CStr,
         request: &CreateIn,
     ) -> Result<(EntryOut, OpenOut)> {
+        self.refuse_raising(caller)?;
         self.create_file(caller, name, request)
     }
 
     fn tmpfile(&self, caller: Caller, request: &CreateIn) -> Result<(EntryOut, OpenOut)> {
+        self.refuse_raising(caller)?;
         self.create_unnamed(caller, request)
     }
 
@@ -161,10 +198,14 @@ impl FileSystem for Share {
     }
 
     fn write(&self, caller: Caller, request: &WriteIn, source: Payload<'_, '_>) -> Result<usize> {
+        self.refuse_raising(caller)?;
         self.write_file(caller, request, source)
     }
 
     fn flush(&self, caller: Caller, request: &FlushIn) -> Result<()> {
+        if self.does_without_open() {
+            return Err(Errno::NOSYS);
+        }
         // The locks first: they go, whatever the host has to say about the data.
         self.drop_locks(caller, request)?;
         self.flush_file(caller, request.fh)
@@ -192,6 +233,9 @@ impl FileSystem for Share {
     }
 
     fn fallocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {
+        if self.is_raising(caller).is_some() {
+            return Ok(());
+        }
         self.allocate(caller, request)
     }
 
@@ -200,10 +244,12 @@ impl FileSystem for Share {
     }
 
     fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u64> {
+        self.refuse_raising(caller)?;
         self.copy_range(caller, request)
     }
 
     fn ioctl(&self, caller: Caller, request: &IoctlIn, input: &[u8]) -> Result<Vec<u8>> {
+        self.refuse_raising(caller)?;
         self.control(caller, request, input)
     }
 
@@ -249,6 +295,7 @@ impl FileSystem for Share {
         flags: u32,
         kill_sgid: bool,
     ) -> Result<()> {
+        self.refuse_raising(caller)?;
         self.set_xattr(caller, name, value, flags, kill_sgid)
     }
 
@@ -261,6 +308,7 @@ impl FileSystem for Share {
     }
 
     fn removexattr(&self, caller: Caller, name: &CStr) -> Result<()> {
+        self.refuse_raising(caller)?;
         self.remove_xattr(caller, name)
     }
 

@@ -33,6 +33,9 @@ pub(super) struct OpenDirectory {
     pub(super) position: Mutex<Position>,
 }
 
+/// What a guest sends that has opened nothing: no handle has this number.
+pub(super) const NONE: u64 = 0;
+
 enum Kind {
     File(OpenFile),
     Directory(OpenDirectory),
@@ -81,6 +84,27 @@ impl Handle {
 }
 
 impl Handle {
+    /// A directory that the guest uses without having opened it. It is in no table.
+    pub(super) fn of_directory(nodeid: u64, fd: OwnedFd, room: Room) -> Self {
+        let kind = Kind::Directory(OpenDirectory { fd, position: Mutex::default() });
+        Self { nodeid, fh: NONE, kind, closed: AtomicBool::new(false), _room: room }
+    }
+
+    /// A file that the guest uses without having opened it. It is in no table.
+    pub(super) fn of_file(nodeid: u64, file: OpenFile, room: Room) -> Self {
+        Self {
+            nodeid,
+            fh: NONE,
+            kind: Kind::File(file),
+            closed: AtomicBool::new(false),
+            _room: room,
+        }
+    }
+
+    pub(super) fn nodeid(&self) -> u64 {
+        self.nodeid
+    }
+
     fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
     }

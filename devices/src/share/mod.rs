@@ -40,9 +40,12 @@ mod namespace;
 mod near;
 mod options;
 mod pseudo;
+mod raising;
 mod reach;
 mod sys;
 mod table;
+mod unopened;
+mod watch;
 mod xattr;
 
 use std::io;
@@ -57,6 +60,8 @@ pub use ids::{
 pub use options::{
     CachePolicy, DaxPolicy, DirectPolicy, LockLimits, LockPolicy, Options, Timeouts, XattrPolicy,
 };
+
+pub use watch::{Batch, Events, Happened, Item, RAISING, Watch, WatchLimits};
 
 pub use common::Common;
 pub(crate) use common::NUMBER_BITS;
@@ -74,6 +79,7 @@ use near::Slow;
 use reach::Directories;
 
 use table::Numbers;
+use unopened::Unopened;
 
 /// A host directory as a file system.
 ///
@@ -100,6 +106,9 @@ pub struct Share {
     _own_descriptors: Permit,
     directories: Directories,
     slow: Slow,
+    /// With [`CachePolicy::Watch`], where the host can.
+    watch: Option<Arc<Watch>>,
+    unopened: Unopened,
     /// Descriptors that are held for the guest: handles, files without a name, locks.
     descriptors: Arc<Budget>,
     /// Bytes of host memory that requests use while they are served: listings, values of attributes.
@@ -155,6 +164,7 @@ impl Share {
         let mounts = Mounts::new(&host, &root, &attributes, options.file_handles)?;
         let identity = Identity::of(mounts.root().clone(), &root, &attributes);
         let numbers = Numbers::of(index);
+        let watch = Self::start_watch(&options, index);
         let descriptors = common.descriptors.clone();
         Ok(Self {
             switch_identity: options.switches_identity(),
@@ -165,6 +175,8 @@ impl Share {
             handles: Handles::new(common.handles.clone(), numbers, descriptors.clone()),
             directories: Directories::default(),
             slow: Slow::default(),
+            watch,
+            unopened: Unopened::default(),
             descriptors,
             buffers: common.buffers.clone(),
             mapped: common.mapped.clone(),
@@ -181,6 +193,36 @@ impl Share {
     /// What it was made with.
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// With [`CachePolicy::Watch`], the watch over it: for whoever talks to the agent in the guest.
+    pub fn watch(&self) -> Option<&Arc<Watch>> {
+        self.watch.as_ref()
+    }
+
+    fn watch_statistics(&self) -> Vec<(&'static str, u64)> {
+        match &self.watch {
+            Some(watch) => watch.statistics(),
+            None if self.options.cache == CachePolicy::Watch => vec![("watch_live", 0)],
+            None => Vec::new(),
+        }
+    }
+
+    fn start_watch(options: &Options, index: u32) -> Option<Arc<Watch>> {
+        // The agent reaches one file system by a tag, and not what is in a tree of many.
+        if options.cache != CachePolicy::Watch || index != 0 {
+            return None;
+        }
+        match Watch::new(options.watch_limits, options.alone, options.events) {
+            Ok(watch) => Some(Arc::new(watch)),
+            Err(error) => {
+                let directory = options.directory.display();
+                log::warn!(
+                    "{directory}: cache=watch: {error}; this is cache=auto (fanotify, Linux 5.13)"
+                );
+                None
+            }
+        }
     }
 
     /// How many nodes the guest knows, the root among them.

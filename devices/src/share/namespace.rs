@@ -15,6 +15,7 @@ use super::handle::Room;
 use super::identity::WithoutFsetid;
 use super::inode::{Identity, Inode};
 use super::mount::Mount;
+use super::options::DAY;
 use super::reach::Held;
 use super::{Share, host};
 use crate::fuse::abi::{ATTR_SUBMOUNT, CreateIn, EntryOut, OPEN_KILL_SUIDGID, OpenOut};
@@ -52,9 +53,12 @@ impl Share {
     /// node id 0 and for how long (`fuse_lookup_name`, fs/fuse/dir.c).
     pub(super) fn look_up(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
         let directory = self.directory(caller.nodeid)?;
-        let negative = self.options.timeouts().negative;
         let file = self.file(&directory)?;
-        match self.find_in(caller, &directory, &file, name) {
+        let told = self.tell(&directory, &file, name);
+        let found = self.find_told(caller, &directory, &file, name, told);
+        let kept = matches!(found, Err(Errno::NOENT)) && self.is_told(told, &directory, name, None);
+        let negative = if kept { DAY } else { self.options.timeouts().negative };
+        match found {
             Err(Errno::NOENT) if !negative.is_zero() => Ok(EntryOut {
                 entry_valid: negative.as_secs(),
                 entry_valid_nsec: negative.subsec_nanos(),
@@ -72,24 +76,60 @@ impl Share {
         file: impl AsFd,
         name: &CStr,
     ) -> Result<EntryOut> {
+        let told = self.tell(directory, &file, name);
+        self.find_told(caller, directory, file, name, told)
+    }
+
+    fn find_told(
+        &self,
+        caller: Caller,
+        directory: &Arc<Inode>,
+        file: impl AsFd,
+        name: &CStr,
+        told: bool,
+    ) -> Result<EntryOut> {
         let found = match caller.at_once {
             true => host::find_unmounted(file, name)?,
             false => host::find(file, name)?,
         };
-        self.entry(directory, Some(name), found, None)
+        self.entry(directory, Some((name, told)), found, None)
+    }
+
+    /// The guest is about to be told of a name. `true`: if it is, it may keep it for good.
+    fn tell(&self, directory: &Inode, file: impl AsFd, name: &CStr) -> bool {
+        let watch = self.watch.as_ref();
+        watch
+            .is_some_and(|watch| self.covers(directory, file) && watch.tell(directory.nodeid, name))
+    }
+
+    /// Whether it still is, now that it is known what it is: a node and how many names that has, or nothing.
+    fn is_told(
+        &self,
+        told: bool,
+        directory: &Inode,
+        name: &CStr,
+        found: Option<(&Inode, u32)>,
+    ) -> bool {
+        told && self.watch.as_ref().is_some_and(|watch| {
+            let (node, alone) = found.map_or((0, false), |(inode, links)| {
+                (inode.nodeid, inode.is_directory() || links == 1)
+            });
+            watch.found(directory.nodeid, name, node, alone)
+        })
     }
 
     /// Counts a lookup of the file behind a descriptor, which was found in `directory` under `name` or was
-    /// made there without one. `room` is that of its node, if it was
-    /// made.
+    /// made there without one. Of the name, `true` says that the guest may keep it for good. `room` is that of its
+    /// node, if it was made.
     fn entry(
         &self,
         directory: &Arc<Inode>,
-        name: Option<&CStr>,
+        name: Option<(&CStr, bool)>,
         fd: impl AsFd,
         room: Option<Permit>,
     ) -> Result<EntryOut> {
-        let stat = host::stat(&fd)?;
+        let mut stat = host::stat(&fd)?;
+        let (name, told) = name.unzip();
         let parent = &directory.identity.mount;
         let crosses = !parent.has(&stat);
         let mount = match name {
@@ -101,8 +141,18 @@ impl Share {
         let submount = crosses && self.options.submounts && is_directory(&stat);
         let inode = self.node_of(directory, name, &fd, (&stat, mount), room)?;
         self.decide_dax(&inode, &stat);
+        // What is in a directory changes its attributes.
+        if inode.is_directory() && self.covers(&inode, &fd) {
+            stat = host::stat(&fd)?;
+        }
         let attr = self.attr(&inode, &stat, if submount { ATTR_SUBMOUNT } else { 0 });
-        let timeouts = self.options.timeouts();
+        let mut timeouts = self.options.timeouts();
+        if let (Some(name), Some(told)) = (name, told)
+            && self.is_told(told, directory, name, Some((&inode, stat.stx_nlink)))
+        {
+            timeouts.entry = DAY;
+        }
+        timeouts.attributes = self.attributes_timeout(&inode, &stat);
         Ok(EntryOut {
             nodeid: inode.nodeid,
             // A node id is never given out twice.
@@ -149,8 +199,13 @@ impl Share {
 
     /// FORGET.
     pub(super) fn give_back(&self, nodeid: u64, count: u64) {
+        let watched = self.watch.as_ref().zip(self.inodes.get(nodeid).ok());
         if self.inodes.forget(nodeid, count) {
+            if let Some((watch, inode)) = watched {
+                watch.forgotten(&self.host, &inode);
+            }
             self.directories.forget(nodeid);
+            self.unopened.forget(nodeid);
             self.locks.forget(nodeid);
             if let Some(mapped) = &self.mapped {
                 mapped.forgotten(nodeid);
@@ -217,11 +272,12 @@ impl Share {
         let (directory, _changing) = self.writable_directory(caller.nodeid)?;
         let file = self.file(&directory)?;
         let room = self.inodes.room()?;
+        let told = self.tell(&directory, &file, name);
         {
             let _identity = self.identity(caller)?;
             make(&file)?;
         }
-        self.entry(&directory, Some(name), host::find(&file, name)?, Some(room))
+        self.entry(&directory, Some((name, told)), host::find(&file, name)?, Some(room))
     }
 
     pub(super) fn make_symlink(
@@ -302,7 +358,14 @@ impl Share {
             true => None,
             false => self.owner_of(caller, &new, &to, new_name)?,
         };
+        let exchanges = flags.contains(RenameFlags::EXCHANGE);
+        let told = self.tell(&new, &to, new_name);
+        let told_back = exchanges && self.tell(&old, &from, name);
         renameat_with(from, name, to, new_name, flags)?;
+        if let Some(watch) = &self.watch {
+            let (there, here) = ((new.nodeid, new_name), (old.nodeid, name));
+            watch.moved(here, there, exchanges.then_some(told_back), told);
+        }
         let now_at = |owner: &Option<Owner>, directory: &Inode, name| {
             if let Some(named) = owner.as_ref().and_then(|owner| owner.inode.identity.named()) {
                 named.found_at(directory.nodeid, name);
@@ -310,7 +373,7 @@ impl Share {
         };
         now_at(&moved, &new, new_name);
         match (&moved, &replaced) {
-            _ if flags.contains(RenameFlags::EXCHANGE) => now_at(&replaced, &old, name),
+            _ if exchanges => now_at(&replaced, &old, name),
             // Two names of one file: the host has done nothing.
             (Some(moved), Some(replaced)) if moved.inode.nodeid == replaced.inode.nodeid => {}
             _ => self.name_is_gone(&new, new_name, replaced),
@@ -325,9 +388,10 @@ impl Share {
             return Err(Errno::PERM);
         }
         let into = self.file(&directory)?;
+        let told = self.tell(&directory, &into, name);
         self.host.link(self.file(&inode)?, &into, name)?;
         // What was done must not be done again: whatever the name is by now, it is not left to anybody else.
-        self.entry(&directory, Some(name), host::find(into, name)?, None)
+        self.entry(&directory, Some((name, told)), host::find(into, name)?, None)
     }
 
     pub(super) fn read_link(&self, caller: Caller) -> Result<Vec<u8>> {
@@ -351,12 +415,13 @@ impl Share {
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let parent = self.file(&directory)?;
         let room = (self.inodes.room()?, self.handles.room()?);
+        let told = self.tell(&directory, &parent, name);
         let made = {
             let _identity = self.identity(caller)?;
             host::create(&parent, name, self.creation_flags(flags), mode)
         };
         match made {
-            Ok(fd) => self.created(&directory, Some(name), fd, flags, room),
+            Ok(fd) => self.created(&directory, Some((name, told)), fd, flags, room),
             Err(Errno::EXIST) if request.flags & libc::O_EXCL as u32 == 0 => {
                 // Somebody was faster. Not by O_CREAT without O_EXCL: that would open whatever is there now,
                 // a FIFO for example.
@@ -414,7 +479,7 @@ impl Share {
     fn created(
         &self,
         directory: &Arc<Inode>,
-        name: Option<&CStr>,
+        name: Option<(&CStr, bool)>,
         fd: OwnedFd,
         flags: OFlags,
         (node, handle): (Permit, Room),
@@ -437,6 +502,9 @@ impl Share {
             return Err(Errno::ISDIR);
         }
         inode.check_openable()?;
+        if self.needs_no_open(caller, inode) {
+            return Err(Errno::NOSYS);
+        }
         let flags = self.open_flags(flags)?;
         // As many blocks as the file has are given back.
         if caller.at_once && flags.contains(OFlags::TRUNC) {
@@ -458,7 +526,9 @@ impl Share {
             }
             fd
         };
-        self.add_open_file(inode.nodeid, fd, flags, room)
+        let mut open = self.add_open_file(inode.nodeid, fd, flags, room)?;
+        open.open_flags |= self.kept_data(caller, inode);
+        Ok(open)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::process::{Resource, getrlimit};
 
 use super::ids::{GidMap, UidMap};
+use super::watch::WatchLimits;
 use crate::fuse::abi::{FOPEN_CACHE_DIR, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE};
 
 /// How long the guest may trust what it was told. The README has the promises of each in a table.
@@ -20,6 +21,9 @@ pub enum CachePolicy {
     Auto,
     /// Everything: nobody but this guest changes the directory.
     Always,
+    /// Everything, for an agent in the guest has its kernel ask again for what changes on the host. As long as there
+    /// is none, as [`Auto`](Self::Auto).
+    Watch,
 }
 
 /// Which files the guest maps through the DAX window.
@@ -128,6 +132,13 @@ pub struct Options {
     pub attr_timeout: Option<Duration>,
     /// Instead of the policy's own [`Timeouts::negative`].
     pub negative_timeout: Option<Duration>,
+    /// How much is watched with [`CachePolicy::Watch`].
+    pub watch_limits: WatchLimits,
+    /// With [`CachePolicy::Watch`], those who watch files in the guest are to hear of what the host does.
+    pub events: bool,
+    /// No other share of this process has any of the directory's files: what this process does there it does for
+    /// this guest.
+    pub alone: bool,
     /// Which files are mapped through the window.
     pub dax: DaxPolicy,
     /// Bytes of the window. With [`DaxPolicy::Inode`] it decides which files are marked; `None` marks
@@ -185,7 +196,7 @@ pub struct Options {
 }
 
 /// The kernel has no "for ever" that does not overflow somewhere.
-const DAY: Duration = Duration::from_secs(86400);
+pub(super) const DAY: Duration = Duration::from_secs(86400);
 
 impl Options {
     /// The defaults for a directory: writable, `cache=auto`, `dax=inode`, no extended attributes.
@@ -198,6 +209,9 @@ impl Options {
             entry_timeout: None,
             attr_timeout: None,
             negative_timeout: None,
+            watch_limits: WatchLimits::default(),
+            events: false,
+            alone: true,
             dax: DaxPolicy::default(),
             window: None,
             direct: DirectPolicy::default(),
@@ -228,7 +242,7 @@ impl Options {
     pub fn timeouts(&self) -> Timeouts {
         let (names, negative) = match self.cache {
             CachePolicy::Never => (Duration::ZERO, Duration::ZERO),
-            CachePolicy::Auto => (Duration::from_secs(1), Duration::ZERO),
+            CachePolicy::Auto | CachePolicy::Watch => (Duration::from_secs(1), Duration::ZERO),
             CachePolicy::Metadata | CachePolicy::Always => (DAY, DAY),
         };
         Timeouts {
@@ -254,7 +268,7 @@ impl Options {
             CachePolicy::Never | CachePolicy::Metadata => FOPEN_DIRECT_IO,
             // The guest throws away what it has of the file when it is opened: what one closed is what the
             // next one to open reads, on whichever side.
-            CachePolicy::Auto => 0,
+            CachePolicy::Auto | CachePolicy::Watch => 0,
             CachePolicy::Always => FOPEN_KEEP_CACHE,
         }
     }
@@ -264,7 +278,7 @@ impl Options {
     pub(super) fn directory_open_flags(&self) -> u32 {
         match self.cache {
             CachePolicy::Never => 0,
-            CachePolicy::Auto => FOPEN_CACHE_DIR,
+            CachePolicy::Auto | CachePolicy::Watch => FOPEN_CACHE_DIR,
             CachePolicy::Metadata | CachePolicy::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
         }
     }

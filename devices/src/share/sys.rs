@@ -149,6 +149,18 @@ pub(super) struct RawHandle {
     pub(super) bytes: [u8; MAX_HANDLE],
 }
 
+impl RawHandle {
+    /// One of these bytes, of which no file system has more than [`MAX_HANDLE`].
+    pub(super) fn new(kind: i32, bytes: &[u8]) -> Self {
+        let mut raw =
+            Self { len: bytes.len().min(MAX_HANDLE) as u32, kind, bytes: [0; MAX_HANDLE] };
+        for (to, from) in raw.bytes.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        raw
+    }
+}
+
 /// The file handle of the file behind a descriptor (name_to_handle_at(2)).
 pub(super) fn name_to_handle(fd: impl AsFd) -> io::Result<RawHandle> {
     let mut handle = RawHandle { len: MAX_HANDLE as u32, kind: 0, bytes: [0; MAX_HANDLE] };

@@ -1,8 +1,10 @@
-//! Further commands in a guest that runs: each is a stream of vsock, and a thread.
+//! What the host wants of a guest that runs: further commands, and to be asked anew for what has changed. Each
+//! command and each share is a stream of vsock, and a thread.
 
 mod session;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -13,6 +15,7 @@ use std::time::Duration;
 use oriel_init::frames;
 use oriel_init::protocol::{AGENT_PORT, FromAgent, MOST_EXECS, Process};
 use oriel_init::vsock::{self, Listener};
+use oriel_init::watch::WATCH_PORT;
 
 use self::session::Session;
 use crate::children::Children;
@@ -39,27 +42,15 @@ impl Agent {
         Arc::new(Self { base, children, running: Mutex::new(0), one_less: Condvar::new() })
     }
 
-    /// Listens on [`AGENT_PORT`] from now on.
+    /// Listens on [`AGENT_PORT`] and [`WATCH_PORT`] from now on.
     ///
     /// # Errors
     ///
     /// The kernel's: it may know no vsock.
     pub(crate) fn listen(self: &Arc<Self>) -> io::Result<()> {
-        let listener = Listener::bind(AGENT_PORT, BACKLOG)?;
         let agent = Arc::clone(self);
-        let accept = move || {
-            loop {
-                match listener.accept() {
-                    Ok((stream, peer)) => agent.admit(stream, peer),
-                    Err(error) => {
-                        log(&format!("a stream cannot be taken: {error}"));
-                        thread::sleep(ACCEPT_AGAIN);
-                    }
-                }
-            }
-        };
-        thread::Builder::new().name("agent".into()).spawn(accept)?;
-        Ok(())
+        listen("agent", AGENT_PORT, move |stream, peer| agent.admit(stream, peer))?;
+        listen("watch", WATCH_PORT, watch_for)
     }
 
     /// Serves the host. Programs of the guest can connect as well where its kernel has vsock's loopback, and shall not
@@ -112,6 +103,44 @@ impl Agent {
     fn leave(&self) {
         *self.running() -= 1;
         self.one_less.notify_all();
+    }
+}
+
+/// Takes streams to a port from now on, on a thread.
+fn listen(
+    name: &str,
+    port: u32,
+    admit: impl Fn(UnixStream, u32) + Send + 'static,
+) -> io::Result<()> {
+    let listener = Listener::bind(port, BACKLOG)?;
+    let accept = move || {
+        loop {
+            match listener.accept() {
+                Ok((stream, peer)) => admit(stream, peer),
+                Err(error) => {
+                    log(&format!("a stream cannot be taken: {error}"));
+                    thread::sleep(ACCEPT_AGAIN);
+                }
+            }
+        }
+    };
+    thread::Builder::new().name(name.into()).spawn(accept)?;
+    Ok(())
+}
+
+/// Serves a stream about a share on a thread of its own, if it is the host's.
+fn watch_for(stream: UnixStream, peer: u32) {
+    let serve = || {
+        if let Err(error) = watch::serve(stream) {
+            log(&format!("cache=watch: {error}"));
+        }
+    };
+    if peer != vsock::HOST {
+        return log(&format!("a stream of context id {peer}, which is not the host, is not heard"));
+    }
+    // Without a thread the stream ends, and the host tries again.
+    if let Err(error) = thread::Builder::new().name("watch".into()).spawn(serve) {
+        log(&format!("cache=watch: there is no thread for it: {error}"));
     }
 }
 

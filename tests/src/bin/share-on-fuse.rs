@@ -136,6 +136,7 @@ fn parse(mut options: Options, text: &str) -> Result<Options> {
             ("cache", "never") => options.cache = CachePolicy::Never,
             ("cache", "metadata") => options.cache = CachePolicy::Metadata,
             ("cache", "auto") => options.cache = CachePolicy::Auto,
+            ("cache", "watch") => options.cache = CachePolicy::Watch,
             ("cache", "always") => options.cache = CachePolicy::Always,
             ("locks", "host") => options.locks = LockPolicy::Host,
             ("locks", "guest") => options.locks = LockPolicy::Guest,

@@ -32,6 +32,7 @@ mod shares;
 mod systemd;
 mod vsock;
 mod walls;
+mod watch;
 mod windows;
 
 /// The program that runs in guests.

@@ -30,6 +30,10 @@ pub struct ShareOptions {
     pub attr_timeout: Option<Duration>,
     /// For how long it may believe that a name is not there.
     pub negative_timeout: Option<Duration>,
+    /// How many directories are watched with `cache=watch`; as many as is usual when not given.
+    pub watches: Option<usize>,
+    /// With `cache=watch`, who watches files in the guest hears of what the host does.
+    pub events: bool,
     /// The guest collects writes.
     pub writeback: bool,
     /// The guest may make device nodes.
@@ -72,6 +76,8 @@ impl Default for ShareOptions {
             entry_timeout: None,
             attr_timeout: None,
             negative_timeout: None,
+            watches: None,
+            events: false,
             writeback: false,
             device_nodes: false,
             xattr: None,
@@ -115,6 +121,8 @@ impl ShareOptions {
                 ("entry-timeout", _) => options.entry_timeout = time()?,
                 ("attr-timeout", _) => options.attr_timeout = time()?,
                 ("negative-timeout", _) => options.negative_timeout = time()?,
+                ("events", "") => options.events = true,
+                ("watches", count) => options.watches = Some(parse_watches(count)?),
                 ("locks", whose) => options.locks = parse_locks(whose)?,
                 ("dax", mode) => options.dax = parse_dax(mode)?,
                 ("direct", "buffered") => options.direct = DirectPolicy::Buffered,
@@ -132,7 +140,7 @@ impl ShareOptions {
                     let overlay = if root { "overlay, " } else { "" };
                     return Err(format!(
                         "{option:?} is no option of a share; write ro, rw, {overlay}acl, dev, writeback, \
-                         tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, xattr=, uid-map=, \
+                         tag=, cache=, entry-timeout=, attr-timeout=, negative-timeout=, watches=, xattr=, uid-map=, \
                          gid-map=, locks=, dax=, direct=, window=, window-max=, prefault=, queues= or \
                          dispatch="
                     ));
@@ -190,6 +198,22 @@ impl ShareOptions {
                         it; give dax=never as well, or leave it at direct=buffered"
                 .into());
         }
+        if self.events && self.cache != CachePolicy::Watch {
+            return Err(
+                "events: changes are heard of with cache=watch only; give it as well".into()
+            );
+        }
+        if self.watches.is_some() && self.cache != CachePolicy::Watch {
+            return Err(
+                "watches: directories are watched with cache=watch only; give it as well".into()
+            );
+        }
+        if self.cache == CachePolicy::Watch && self.overlay {
+            return Err(
+                "cache=watch: the guest's overlay keeps what lies below it; leave one of the two"
+                    .into(),
+            );
+        }
         if self.writeback && self.cache != CachePolicy::Always {
             return Err("writeback: the guest then goes by its own sizes and times, so nobody else may change \
                         the directory; say so with cache=always, or leave writeback"
@@ -213,7 +237,17 @@ fn parse_cache(mode: &str) -> Result<CachePolicy, String> {
         "metadata" => Ok(CachePolicy::Metadata),
         "auto" => Ok(CachePolicy::Auto),
         "always" => Ok(CachePolicy::Always),
-        _ => Err(format!("{mode:?} is no cache mode; write never, metadata, auto or always")),
+        "watch" => Ok(CachePolicy::Watch),
+        _ => {
+            Err(format!("{mode:?} is no cache mode; write never, metadata, auto, always or watch"))
+        }
+    }
+}
+
+fn parse_watches(count: &str) -> Result<usize, String> {
+    match count.parse() {
+        Ok(count) => Ok(count),
+        Err(_) => Err(format!("watches={count:?}: write how many directories may be watched")),
     }
 }
 
@@ -530,6 +564,8 @@ mod tests {
             ("a:/b:queues=0", "queues"),
             ("a:/b:tag=", "tag"),
             ("a:/b:cache=some", "cache"),
+            ("a:/b:watches=3", "cache=watch"),
+            ("a:/b:cache=watch,watches=x", "watches"),
             ("a:/b:dax=on", "DAX"),
             ("a:/b:prefault=always", "prefault"),
             ("a:/b:dispatch=vcpu", "dispatch=auto"),
@@ -601,7 +637,12 @@ mod tests {
             assert!(root.options.overlay);
             assert_eq!(root.host, Path::new("/"));
         }
-        for wrong in ["/:overlay,ro", "/:overlay,dev", "/:overlay,cache=always,writeback"] {
+        for wrong in [
+            "/:overlay,ro",
+            "/:overlay,cache=watch",
+            "/:overlay,dev",
+            "/:overlay,cache=always,writeback",
+        ] {
             assert!(wrong.parse::<RootArg>().is_err(), "{wrong}");
         }
     }

@@ -16,8 +16,17 @@ use super::live::Live;
 use super::shares::{RunningShare, Shares};
 
 /// Numbers of a share that may become less again; all others only ever grow.
-const GAUGES: [&str; 5] =
-    ["dax_live", "dax_mapped_bytes", "dax_promised_bytes", "members", "members_removed"];
+const GAUGES: [&str; 9] = [
+    "dax_live",
+    "dax_mapped_bytes",
+    "dax_promised_bytes",
+    "members",
+    "members_removed",
+    "watch_live",
+    "watch_directories",
+    "watch_names",
+    "watch_pending",
+];
 
 /// What one share, or one of those behind it, has counted up to some moment.
 #[derive(Debug)]

@@ -52,7 +52,7 @@ use crate::signals::Signals;
 use crate::socket::ListeningSocket;
 use crate::stdio::duplicate;
 use crate::walls::Inside;
-use crate::{control, host, kernel, terminal, walls};
+use crate::{agent, control, host, kernel, terminal, walls};
 
 /// What the main thread waits for.
 #[derive(Debug, PartialEq, Eq)]
@@ -172,13 +172,19 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         if foreign { None } else { Some(Link::new(&mut machine, &notifier, log, args.detach)?) };
     let beside = named.as_ref().and_then(|named| named.vsock.as_ref());
     let vsock_socket = own_socket.as_ref().or(beside);
-    let vsock = vsock_socket.map(|socket| add_vsock(&mut machine, args, socket)).transpose()?;
+    let vsock = plan::has_vsock(args).then(|| add_vsock(&mut machine, args, vsock_socket));
+    let vsock = vsock.transpose()?;
     machine.add_rng()?;
     // File modes are the guest's to choose; it has applied its own umask already. What this process makes for
     // itself (caches, logs) was made before, with the user's umask.
     rustix::process::umask(rustix::fs::Mode::empty());
     machine.start(&image)?;
     drop(image);
+    for share in &running.0 {
+        if let (Some(watch), Some(vsock)) = (&share.watch, &vsock) {
+            agent::keep_told(watch.clone(), share.tag.clone(), vsock.clone())?;
+        }
+    }
     let state = if foreign { State::Running } else { State::Booting };
     let state = Arc::new(answers::Progress::new(state));
     let ending = Arc::new(Ending::default());
@@ -320,14 +326,19 @@ fn places(vsock: Option<&ListeningSocket>, named: Option<&Named>) -> Result<Vec<
 fn add_vsock(
     machine: &mut Machine,
     args: &RunArgs,
-    socket: &ListeningSocket,
+    socket: Option<&ListeningSocket>,
 ) -> Result<Arc<VsockDevice>> {
     let config = match &args.vsock {
         Some(vsock) => vsock.config,
         None => vsock::Config::new(vsock::config::MIN_GUEST_CID).context("virtio-vsock device")?,
     };
-    let listener = socket.listener().try_clone().context("virtio-vsock device")?;
-    let device = VsockDevice::new(config, listener, socket.path());
+    let device = match socket {
+        Some(socket) => {
+            let listener = socket.listener().try_clone().context("virtio-vsock device")?;
+            VsockDevice::new(config, listener, socket.path())
+        }
+        None => VsockDevice::without_clients(config),
+    };
     let device = Arc::new(device.context("virtio-vsock device")?);
     machine.add_vsock(device.clone())?;
     Ok(device)
@@ -359,6 +370,8 @@ fn served(
     served.entry_timeout = options.entry_timeout;
     served.attr_timeout = options.attr_timeout;
     served.negative_timeout = options.negative_timeout;
+    served.watch_limits.directories = options.watches.unwrap_or(served.watch_limits.directories);
+    served.events = options.events;
     served.writeback = options.writeback;
     served.device_nodes = options.device_nodes;
     served.direct = options.direct;
@@ -421,10 +434,16 @@ fn add_share(
     let mut served = served(directory, options, choice.bytes, &limits, identity)
         .map_err(|error| UsageError(format!("{name}: {error}")))?;
     served.found_at = found_at;
+    let mut watch = None;
     let region = window.clone().map(|window| window as Arc<dyn DaxWindow>);
     let mut live = None;
     let files: Arc<dyn FileSystem> = match source {
-        Source::Directory { .. } => Arc::new(Share::new(served).with_context(|| name.clone())?),
+        Source::Directory { share, .. } => {
+            served.alone = share.alone;
+            let share = Share::new(served).with_context(|| name.clone())?;
+            watch = share.watch().cloned();
+            Arc::new(share)
+        }
         Source::Live { elsewhere, .. } => {
             let tree = Arc::new(Tree::new(served, region.clone()));
             let (guest, options) = (guest.clone(), options.clone());
@@ -446,7 +465,7 @@ fn add_share(
         )
     })?;
     let (tag, guest, window_reason) = (tag.clone(), guest.clone(), choice.reason.clone());
-    Ok(RunningShare { tag, guest, session, window, window_reason, device, live })
+    Ok(RunningShare { tag, guest, session, window, window_reason, device, watch, live })
 }
 
 fn console_target(args: &RunArgs) -> Result<Option<OwnedFd>> {

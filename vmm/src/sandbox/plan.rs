@@ -32,6 +32,8 @@ pub struct PlannedShare {
     pub options: ShareOptions,
     /// Its DAX window.
     pub window: WindowChoice,
+    /// No other share changes anything in it.
+    pub alone: bool,
 }
 
 /// The device whose shares come and go.
@@ -72,14 +74,31 @@ pub fn shares(args: &RunArgs) -> Result<Vec<PlannedShare>> {
         check_directory(host).with_context(|| format!("{option} {}", host.display()))?;
         let window = WindowChoice::asked(options.window.unwrap_or(0), options.window_max);
         let (host, guest, options) = (host.clone(), guest.to_string(), options.clone());
-        planned.push(PlannedShare { host, guest, tag, options, window });
+        planned.push(PlannedShare { host, guest, tag, options, window, alone: true });
+    }
+    let places: Vec<_> = planned
+        .iter()
+        .map(|share| share.host.canonicalize().unwrap_or_else(|_| share.host.clone()))
+        .collect();
+    let writable = |share: &PlannedShare| !share.options.read_only && !share.options.overlay;
+    let writable: Vec<_> = planned.iter().map(writable).collect();
+    for (own, share) in planned.iter_mut().enumerate() {
+        let place = places.get(own);
+        let meets = |(other, at): (usize, &PathBuf)| {
+            other != own
+                && writable.get(other) == Some(&true)
+                && place.is_some_and(|place| place.starts_with(at) || at.starts_with(place))
+        };
+        // What is added later may be anywhere.
+        share.alone = args.live.is_none() && !places.iter().enumerate().any(meets);
     }
     let undecided = |share: &PlannedShare| share.options.window.is_none();
     let windows = planned.iter().filter(|share| undecided(share)).count();
     for share in planned.iter_mut().filter(|share| undecided(share)) {
         let ShareOptions { dax, cache, window_max, .. } = share.options;
         // Small files are read where the guest keeps what it has read.
-        let reads = dax == Dax::Inode && matches!(cache, CachePolicy::Auto | CachePolicy::Always);
+        let reads = dax == Dax::Inode
+            && matches!(cache, CachePolicy::Auto | CachePolicy::Always | CachePolicy::Watch);
         let memory = args.memory.size / windows.max(1) as u64;
         share.window = WindowChoice::fitting(&share.host, reads, memory, window_max);
         let (bytes, reason) = (share.window.bytes >> 20, &share.window.reason);
@@ -201,9 +220,16 @@ pub fn walls<'p>(
 }
 
 /// Whether the guest has a socket device. By its name a sandbox is found for further commands, and they come over
-/// vsock.
+/// vsock; so does what has changed in a share.
 pub fn has_vsock(args: &RunArgs) -> bool {
-    args.vsock.is_some() || args.name.is_some()
+    args.vsock.is_some() || args.name.is_some() || is_watched(args)
+}
+
+/// Whether a share has `cache=watch`.
+pub fn is_watched(args: &RunArgs) -> bool {
+    let shares = args.shares.iter().map(|share| &share.options);
+    let mut all = args.root.iter().map(|root| &root.options).chain(shares);
+    all.any(|options| options.cache == CachePolicy::Watch)
 }
 
 fn dax_option(share: &PlannedShare) -> &'static str {

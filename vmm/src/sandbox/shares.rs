@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use devices::dax::{DaxWindow, GrowError, Window};
 use devices::fuse::{Counters, OperationCounts, Session, latency_bound};
+use devices::share::Watch;
 use devices::virtio::fs::FsDevice;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -26,6 +27,8 @@ pub struct RunningShare {
     pub window_reason: String,
     /// What the guest sees of it.
     pub device: Arc<FsDevice>,
+    /// With `cache=watch`, where the host can: what the guest is kept told of.
+    pub watch: Option<Arc<Watch>>,
     /// What can be done to it, where it is the one of `--shares`.
     pub live: Option<Live>,
 }
@@ -229,7 +232,16 @@ pub(super) mod tests {
             let config = fs::Config::new(tag, 1).unwrap();
             let device = Arc::new(FsDevice::new(config, session.clone(), None).unwrap());
             let (tag, guest, window_reason) = (tag.into(), guest.into(), "as asked".into());
-            RunningShare { tag, guest, session, window, window_reason, device, live: None }
+            RunningShare {
+                tag,
+                guest,
+                session,
+                window,
+                window_reason,
+                device,
+                watch: None,
+                live: None,
+            }
         };
         let window = Arc::new(Window::growable(4 * MIB, 16 * MIB).unwrap());
         Shares(vec![running("root", "/", None), running("data", "/data", Some(window))])

@@ -1,7 +1,7 @@
 //! The device: its features, its queues, and the life of its thread.
 
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -52,10 +52,35 @@ impl VsockDevice {
     ///
     /// The host's, when there are no file descriptors or threads left.
     pub fn new(config: Config, listener: UnixListener, path: &Path) -> io::Result<Self> {
+        Self::with(config, Some((listener, path)))
+    }
+
+    /// A device for streams of this process's own alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn without_clients(config: Config) -> io::Result<Self> {
+        Self::with(config, None)
+    }
+
+    /// Asks the guest for a stream to one of its ports, for this process. What is read from it first is a line, `OK`
+    /// and a number, once the guest has agreed; when it does not, that is the end.
+    ///
+    /// # Errors
+    ///
+    /// `NotConnected` as long as the guest has no driver for the device; the host's.
+    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let stream = self.shared.connect(port)?;
+        self.ring();
+        Ok(stream)
+    }
+
+    fn with(config: Config, listener: Option<(UnixListener, &Path)>) -> io::Result<Self> {
         let (mut poll, waiter) = Poll::new()?;
         let doorbell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         poll.add(&doorbell, EventSet::IN)?;
-        let host = HostSide::new(listener, path)?;
+        let host = HostSide::new(listener)?;
         let shared = Arc::new(Shared::new(poll, host, config.guest_cid())?);
         let body = shared.clone();
         let thread = threads::spawn(Work::Sockets, "vsock", move || body.run(waiter))?;

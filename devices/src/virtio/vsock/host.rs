@@ -40,8 +40,8 @@ const MAX_ACCEPTS: usize = 64;
 
 /// The host's side of a device.
 pub(super) struct HostSide {
-    listener: UnixListener,
-    path: PathBuf,
+    /// And where it is. Without, there are no clients, and no programs that listen for the guest.
+    listener: Option<(UnixListener, PathBuf)>,
     half_open: BTreeMap<u64, HalfOpen>,
     /// Clients wait that could not be taken.
     retry: Option<Instant>,
@@ -64,14 +64,17 @@ pub(super) enum Line {
 }
 
 impl HostSide {
-    /// `path` is where `listener` is.
-    pub(super) fn new(listener: UnixListener, path: &Path) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: path.to_owned(), half_open: BTreeMap::new(), retry: None })
+    /// With a listener and where it is.
+    pub(super) fn new(listener: Option<(UnixListener, &Path)>) -> io::Result<Self> {
+        if let Some((listener, _)) = &listener {
+            listener.set_nonblocking(true)?;
+        }
+        let listener = listener.map(|(listener, path)| (listener, path.to_owned()));
+        Ok(Self { listener, half_open: BTreeMap::new(), retry: None })
     }
 
-    pub(super) fn listener(&self) -> &UnixListener {
-        &self.listener
+    pub(super) fn listener(&self) -> Option<&UnixListener> {
+        self.listener.as_ref().map(|(listener, _)| listener)
     }
 
     /// The next time to call [`expire`](Self::expire).
@@ -91,9 +94,10 @@ impl HostSide {
 
     /// Takes the clients that have connected.
     pub(super) fn accept(&mut self, poll: &mut Poll, now: Instant) {
+        let Some((listener, _)) = &self.listener else { return };
         let mut pause = Duration::ZERO;
         for _ in 0..MAX_ACCEPTS {
-            let accepted = self.listener.accept().and_then(|(socket, _)| {
+            let accepted = listener.accept().and_then(|(socket, _)| {
                 socket.set_nonblocking(true)?;
                 let id = poll.add(&socket, EventSet::IN | EventSet::READ_HANG_UP)?;
                 Ok((id, socket))
@@ -139,7 +143,10 @@ impl HostSide {
     /// Connects to what listens for port `port` of the host. Does not wait: nobody there, or too many before
     /// us, is an error.
     pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = self.path.clone().into_os_string();
+        let Some((_, path)) = &self.listener else {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        };
+        let mut path = path.clone().into_os_string();
         path.push(format!("_{port}"));
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

@@ -3,6 +3,7 @@
 //! It lives as long as the device, so that clients that come before the guest is ready hear of it.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,7 +37,7 @@ pub(super) struct Shared {
 /// Everything, locked while a round lasts. No round waits for anybody.
 pub(super) struct State {
     poll: Poll,
-    listener: u64,
+    listener: Option<u64>,
     host: HostSide,
     streams: Streams,
     active: Option<Active>,
@@ -59,7 +60,7 @@ pub(super) struct Active {
 
 impl Shared {
     pub(super) fn new(mut poll: Poll, host: HostSide, guest_cid: u64) -> io::Result<Self> {
-        let listener = poll.add(host.listener(), EventSet::IN)?;
+        let listener = host.listener().map(|socket| poll.add(socket, EventSet::IN)).transpose()?;
         let streams = Streams::new(guest_cid);
         let state = State {
             poll,
@@ -85,6 +86,21 @@ impl Shared {
         let mut state = lock(&self.state);
         state.active = None;
         state.lost |= state.streams.reset();
+    }
+
+    /// Asks the guest for a stream to a port of its own, for this process. The thread is to be woken after this.
+    ///
+    /// What is read first is `OK`, a number and a line end, when the guest has agreed, or else the end.
+    pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
+        let mut state = lock(&self.state);
+        if state.active.is_none() || state.streams.is_full() {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        let id = state.poll.add(&theirs, SOCKET_EVENTS)?;
+        state.streams.request(id, theirs, port, Instant::now());
+        Ok(ours)
     }
 
     /// Lets the thread end when it wakes up.
@@ -136,7 +152,7 @@ impl Shared {
 
 impl State {
     fn event(&mut self, id: u64, events: EventSet, now: Instant) {
-        if id == self.listener {
+        if Some(id) == self.listener {
             self.host.accept(&mut self.poll, now);
         } else if let Some((socket, port)) = self.host.event(id) {
             // A client that is refused is closed here.

@@ -26,6 +26,28 @@ fn a_client_reaches_a_port_of_the_guest() {
 }
 
 #[test]
+fn the_process_itself_reaches_a_port_of_the_guest() {
+    let guest = Guest::new();
+    let early = guest.device.connect(513).unwrap_err();
+    assert_eq!(early.kind(), std::io::ErrorKind::NotConnected, "the guest has no driver yet");
+    let mut guest = Guest::ready();
+    let mut stream = guest.device.connect(513).unwrap();
+    let (request, _) = guest.receive();
+    let ports = (request.src_port, 513);
+    assert_eq!((Op::decode(request.op), request.dst_port), (Some(Op::Request), 513));
+    guest.send(ports, Op::Response, &[]);
+    assert_eq!(line(&mut stream), format!("OK {}\n", ports.0));
+    stream.write_all(b"changed").unwrap();
+    assert_eq!(guest.expect_data(ports, 7), b"changed");
+    // Where nobody listens, that is the end.
+    let mut refused = guest.device.connect(514).unwrap();
+    let (request, _) = guest.receive();
+    guest.send((request.src_port, 514), Op::Reset, &[]);
+    assert_eq!(rest(&mut refused), b"");
+    guest.still_works();
+}
+
+#[test]
 fn a_line_may_come_in_pieces() {
     let mut guest = Guest::ready();
     let mut client = guest.client();
@@ -99,7 +121,7 @@ fn a_client_that_says_nothing_is_closed_after_a_while() {
     let path = directory.path().join("vsock");
     let listener = UnixListener::bind(&path).unwrap();
     let (mut poll, _waiter) = Poll::new().unwrap();
-    let mut host = HostSide::new(listener, &path).unwrap();
+    let mut host = HostSide::new(Some((listener, &path))).unwrap();
     let mut client = UnixStream::connect(&path).unwrap();
     let now = Instant::now();
     host.accept(&mut poll, now);

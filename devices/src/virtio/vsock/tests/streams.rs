@@ -233,7 +233,7 @@ impl Table {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vsock");
-        let host = HostSide::new(UnixListener::bind(&path).unwrap(), &path).unwrap();
+        let host = HostSide::new(Some((UnixListener::bind(&path).unwrap(), &path))).unwrap();
         let (poll, _) = Poll::new().unwrap();
         let (ours, client) = UnixStream::pair().unwrap();
         let (mut streams, now) = (Streams::new(CID), Instant::now());
