@@ -36,12 +36,6 @@ pub(super) const PAUSES: usize = 16;
 /// them, which is worth waking one.
 pub(super) const DEEP: u16 = 3;
 
-/// After so many requests that vCPUs served, one is left to a thread, to see how many come meanwhile. A guest that makes
-/// many at once shows it in no other way: each is answered before it has made the next, at the price of an exit, an
-/// interrupt, and two changes of tasks in the guest, where a thread would get all of them for one. So few of a
-/// guest that makes one at a time that they are not felt.
-pub(super) const LOOKED_AT: u16 = 127;
-
 /// So many requests a vCPU serves for one ring of a doorbell, and then leaves the rest to the queue's threads: a
 /// guest whose other vCPUs keep the queue full would otherwise never get this one back. As many as a driver has
 /// at a time that is not made to do harm.

@@ -11,7 +11,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::Server;
 use super::device::HIPRIO_QUEUES;
-use super::dispatch::{BATCH, Counts, DEEP, Dispatch, LOOKED_AT, MOST_THREADS, PAUSES};
+use super::dispatch::{BATCH, Counts, DEEP, Dispatch, MOST_THREADS, PAUSES};
 use super::thread::{Spawn, Thread};
 use crate::complaint::complain;
 use crate::fuse::{Completion, Deferral, Served};
@@ -82,12 +82,6 @@ struct Line {
     waiting: usize,
     /// One of them looks for the next request all the time.
     polled: bool,
-    /// Requests that vCPUs have taken since a thread was last left one.
-    in_a_row: u16,
-    /// Requests that threads have taken since all of them slept or waited.
-    together: u16,
-    /// Those were so many that threads get the next ones too.
-    crowded: bool,
 }
 
 impl Line {
@@ -96,15 +90,6 @@ impl Line {
         self.idle == 0
             && self.threads < MOST_THREADS
             && (deep || self.waiting >= self.threads || self.handed_over.len() > usize::from(DEEP))
-    }
-
-    /// A thread goes to sleep. If it is the last, it is known how many requests came while threads looked.
-    fn count_together(&mut self) {
-        let last = self.idle + self.waiting + 1 >= self.threads;
-        if last && self.together > 0 {
-            self.crowded = self.together > DEEP;
-            self.together = 0;
-        }
     }
 }
 
@@ -125,9 +110,6 @@ impl Worker {
             calls: 0,
             waiting: 0,
             polled: false,
-            in_a_row: 0,
-            together: 0,
-            crowded: false,
         };
         Self {
             index: active.index,
@@ -283,7 +265,6 @@ impl Worker {
         }
         // Not to be kept while it sleeps: a window may move.
         drop(memory);
-        line.count_together();
         line.idle += 1;
         while line.calls == 0 && !self.stopped() {
             line = self.called.wait(line).unwrap_or_else(PoisonError::into_inner);
@@ -371,18 +352,14 @@ impl Worker {
         }
         // None could be started when these were left to it: tried again.
         *thread_wanted |= !line.handed_over.is_empty() && line.wants_thread(false);
-        let waiting = line.queue.waiting(memory)?;
-        let many = waiting > DEEP;
-        let for_threads = many || waiting > 0 && (line.crowded || line.in_a_row >= LOOKED_AT);
-        if for_threads && !alone && self.service.dispatch == Dispatch::Auto {
-            let one_more = line.wants_thread(many);
+        let deep = line.queue.waiting(memory)? > DEEP;
+        if deep && !alone && self.service.dispatch == Dispatch::Auto {
+            let one_more = line.wants_thread(true);
             *thread_wanted |= one_more;
             if self.call(&mut line) || one_more || line.waiting < line.threads {
-                line.in_a_row = 0;
                 return Ok(None);
             }
         }
-        line.in_a_row = line.in_a_row.saturating_add(u16::from(waiting > 0));
         let chain = line.queue.pop(memory)?;
         // Before this one is served: another vCPU is to ring for the next, and not to wait for this one.
         match line.queue.ask_for_next(memory)? && chain.is_none() {
@@ -425,7 +402,6 @@ impl Worker {
             self.call(&mut line);
         }
         let chain = line.queue.pop(memory)?;
-        line.together = line.together.saturating_add(u16::from(chain.is_some()));
         Ok(chain.map(|chain| Task { chain, waits: false }))
     }
 

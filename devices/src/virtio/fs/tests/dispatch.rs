@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::memory::GuestBuffer;
 use crate::sync::lock;
 use crate::virtio::VIRTIO_RING_F_EVENT_IDX;
-use crate::virtio::fs::dispatch::{BATCH, DEEP, LOOKED_AT, MOST_THREADS};
+use crate::virtio::fs::dispatch::{BATCH, DEEP, MOST_THREADS};
 use crate::virtio::fs::*;
 use crate::virtio::testing::*;
 
@@ -293,54 +293,6 @@ fn a_deep_queue_is_left_to_threads_unless_all_is_to_be_inline() {
         wait_for(|| queue.used_index(&driver.memory()) == 2 * DEEP + 1);
         assert!(device.statistics().inline >= inline, "{:?}", device.statistics());
     }
-}
-
-#[test]
-fn a_guest_that_makes_many_requests_at_once_is_found_out_and_one_that_does_no_more_too() {
-    let (counter, device, driver) = machine(Dispatch::Auto);
-    let mut queue = start(&driver, VIRTIO_RING_F_EVENT_IDX);
-    let (vcpu, held) = (thread::current().id(), Arc::new(AtomicUsize::new(0)));
-    let gate = held.clone();
-    *lock(&counter.hook) = Some(Arc::new(move || {
-        if thread::current().id() != vcpu && gate.fetch_add(1, Ordering::SeqCst) == 0 {
-            wait_for(|| gate.load(Ordering::SeqCst) > 100);
-        }
-    }));
-    let mut sent = 0;
-    let mut send = |queue: &mut DriverQueue, ring: bool| {
-        offer(&driver, queue, 2 * (sent % 100), b"now");
-        sent += 1;
-        if ring {
-            driver.notify(1);
-        }
-        sent
-    };
-    let counts = || (device.statistics().inline, device.statistics().by_threads);
-    // Served, and the thread sleeps: it has asked to be rung for.
-    let sleeps = |queue: &DriverQueue, sent: u16| {
-        wait_for(|| queue.used_index(&driver.memory()) == sent);
-        wait_for(|| queue.avail_event(&driver.memory()) == sent);
-    };
-    for _ in 0..LOOKED_AT {
-        send(&mut queue, true);
-    }
-    assert_eq!(counts(), (LOOKED_AT.into(), 0));
-    // The next one is left to a thread, and while that has it, more come.
-    send(&mut queue, true);
-    wait_for(|| held.load(Ordering::SeqCst) == 1);
-    let mut last = 0;
-    for _ in 0..DEEP {
-        last = send(&mut queue, false);
-    }
-    held.store(101, Ordering::SeqCst);
-    sleeps(&queue, last);
-    assert_eq!(counts(), (LOOKED_AT.into(), u64::from(DEEP) + 1));
-    // So the thread gets the next one too. It comes alone: that was the last.
-    last = send(&mut queue, true);
-    sleeps(&queue, last);
-    assert_eq!(counts(), (LOOKED_AT.into(), u64::from(DEEP) + 2));
-    send(&mut queue, true);
-    assert_eq!(counts(), (u64::from(LOOKED_AT) + 1, u64::from(DEEP) + 2));
 }
 
 #[test]
