@@ -195,7 +195,7 @@ for_every_device! {
     a_table_longer_than_the_queue_breaks_it, TABLES =>
         |ring| table_breaks(ring, (BUFFER, 4, 0, 0), 16 * (u32::from(SIZE) + 1));
     a_table_as_long_as_can_be_breaks_the_queue, TABLES =>
-        |ring| table_breaks(ring, (BUFFER, 4, 0, 0), u32::MAX & !15);
+        |ring| table_breaks(ring, (BUFFER, 4, 0, 0), !15);
     a_table_whose_next_is_behind_it_breaks_the_queue, TABLES =>
         |ring| table_breaks(ring, (BUFFER, 4, NEXT, 1), 16);
     a_table_with_a_loop_breaks_the_queue, TABLES =>

@@ -190,7 +190,7 @@ impl Guest {
 
 fn noise(len: usize) -> Vec<u8> {
     let mut noise = Noise(7);
-    (0..len).map(|_| noise.next() as u8).collect()
+    (0..len).map(|_| noise.number() as u8).collect()
 }
 
 fn wait_for(what: impl Fn() -> bool) {

@@ -85,7 +85,7 @@ fn direct_io_of_any_offset_length_and_address_does_what_buffered_io_does() {
                     let append = if noise.below(8) == 0 { libc::O_APPEND } else { 0 };
                     let start = if append == 0 { offset as usize } else { model.len() };
                     if noise.below(2) == 0 {
-                        let data: Vec<u8> = (0..len).map(|_| noise.next() as u8).collect();
+                        let data: Vec<u8> = (0..len).map(|_| noise.number() as u8).collect();
                         let answer = guest.write_with(node, fh, offset, &data, flags | append, 0);
                         assert_eq!(answer.get::<WriteOut>().size as usize, len, "{}", case());
                         model.resize(model.len().max(start + len), 0);

@@ -174,7 +174,7 @@ fn random_accesses_are_all_answered() {
     let mut data = [0; 8];
     for _ in 0..300_000 {
         let len = noise.pick(&[1, 2, 4, 8]);
-        data.copy_from_slice(&noise.next().to_le_bytes());
+        data.copy_from_slice(&noise.number().to_le_bytes());
         if noise.below(2) == 0 {
             // Small numbers mean more than large ones.
             data = [noise.pick(&[0, 1, 3, 11, 15]), 0, 0, 0, 0, 0, 0, 0];

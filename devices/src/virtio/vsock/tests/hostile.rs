@@ -268,7 +268,7 @@ fn noise_is_survived() {
         header.op = noise.below(9) as u16;
         header.flags = noise.below(5) as u32;
         header.buf_alloc = noise.pick(&[0, 1, 100, ROOM, u32::MAX]);
-        header.fwd_cnt = noise.next() as u32;
+        header.fwd_cnt = noise.number() as u32;
         let data = vec![0x55; noise.below(30) as usize];
         guest.send_header(header, &data);
         while let Some((head, _)) = guest.used(RX) {

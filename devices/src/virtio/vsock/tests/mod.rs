@@ -247,7 +247,7 @@ fn from_guest((host, guest): (u32, u32), op: Op, len: usize) -> Header {
 
 fn noise(len: usize) -> Vec<u8> {
     let mut noise = Noise(7);
-    (0..len).map(|_| noise.next() as u8).collect()
+    (0..len).map(|_| noise.number() as u8).collect()
 }
 
 fn read(stream: &mut UnixStream, len: usize) -> Vec<u8> {
