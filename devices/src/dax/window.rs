@@ -15,6 +15,7 @@ use super::streams::Streams;
 use super::table::{Access, Backing, FileEnds, Mapping, Opened, State, page_end};
 use super::{DaxWindow, GuestPageTables, Statistics};
 use crate::budget::Budget;
+use crate::complaint::complain;
 
 /// Alignment of the window and of its size, in bytes: that of a large page. Host and guest address have to
 /// agree modulo this for KVM to map one, and it is how much the Linux guest maps at a time.
@@ -678,7 +679,7 @@ impl DaxWindow for Window {
         let ends = FileEnds::ask(&files, |file| Ok(page_end(&fstat(file)?)));
         let mut state = self.state();
         if let Err(error) = self.restore_grown(&mut state, &ends) {
-            log::warn!("cannot map the pages of a file that has grown: {error}");
+            complain!(host: "cannot map the pages of a file that has grown: {error}");
         }
         self.note_zeros(&state);
     }

@@ -203,7 +203,7 @@ impl Entry {
             self.connected = match self.vector.connect(message) {
                 Ok(()) => message,
                 Err(error) => {
-                    complain!("an interrupt vector could not be connected: {error}");
+                    complain!(host: "an interrupt vector could not be connected: {error}");
                     None
                 }
             };

@@ -338,7 +338,9 @@ impl Inner {
 fn place(window: &dyn WindowSlot, address: Option<u64>) -> bool {
     window
         .place(address.map(GuestAddress))
-        .inspect_err(|error| complain!("a window could not be placed at {address:x?}: {error}"))
+        .inspect_err(|error| {
+            complain!(host: "a window could not be placed at {address:x?}: {error}");
+        })
         .is_ok()
 }
 

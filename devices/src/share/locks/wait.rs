@@ -12,6 +12,7 @@ use std::sync::mpsc;
 use std::thread::Builder;
 
 use super::sys::Alarm;
+use crate::complaint::complain;
 use crate::fuse::{Errno, Interrupt, LockReply, Pending, Result, Wait};
 use crate::threads::{self, Work};
 
@@ -38,7 +39,7 @@ pub(super) fn start(
     };
     let builder = Builder::new().name("lock-waiter".into()).stack_size(STACK_SIZE);
     threads::spawn_by(builder, Work::Files, body).map_err(|error| {
-        log::warn!("no thread to wait for a lock: {error}");
+        complain!(host: "no thread to wait for a lock: {error}");
         Errno::NOLCK
     })?;
     // If the thread is gone by now, the request is dropped here, and so answered.
@@ -48,7 +49,7 @@ pub(super) fn start(
 
 fn block(interrupt: &Interrupt, attempt: &mut impl FnMut() -> Result<()>) -> Result<()> {
     let alarm = Alarm::new().map_err(|error| {
-        log::warn!("no timer to end waiting for a lock: {error}");
+        complain!(host: "no timer to end waiting for a lock: {error}");
         Errno::NOLCK
     })?;
     interrupt.arm(move || alarm.ring());

@@ -11,6 +11,7 @@ use super::config::{Config, VIRTIO_FS_F_WINDOW_GROWS};
 use super::dispatch::{Counts, Dispatch, POLLED, Statistics};
 use super::thread::{Spawn, Thread, spawn};
 use super::worker::{Service, Worker};
+use crate::complaint::complain;
 use crate::dax::DaxWindow;
 use crate::kick;
 use crate::pci::WindowSlot;
@@ -235,7 +236,7 @@ fn stop_within(running: &mut Running, patience: Duration) -> bool {
             return false;
         }
         if next == GRACE {
-            log::warn!("a request hangs in the host, whose file system does not answer it");
+            complain!(host: "a request hangs in the host, whose file system does not answer it");
         }
         next = KICK_INTERVAL;
         for thread in ending.iter() {

@@ -83,7 +83,7 @@ fn fill(buffer: &GuestBuffer<'_>) -> u32 {
     let random = match getrandom(&mut *wanted, GetRandomFlags::empty()) {
         Ok(count) => wanted.get(..count).unwrap_or_default(),
         Err(error) => {
-            log::warn!("the host has no random bytes: {error}");
+            complain!(host: "the host has no random bytes: {error}");
             return 0;
         }
     };

@@ -329,18 +329,23 @@ impl CommonConfiguration {
                 Ok::<_, crate::virtio::queue::RingError>(ActiveQueue { index, queue })
             })
             .collect();
-        let activated = queues.map_err(std::io::Error::other).and_then(|queues| {
-            self.device.activate(Activation {
-                memory: self.memory.clone(),
-                queues,
-                interrupts: self.signals.clone(),
-                features: state.driver_features,
-            })
+        let queues = match queues {
+            Ok(queues) => queues,
+            Err(error) => {
+                complain!("a virtio device stays inactive: {error}");
+                return self.signals.needs_reset();
+            }
+        };
+        let activated = self.device.activate(Activation {
+            memory: self.memory.clone(),
+            queues,
+            interrupts: self.signals.clone(),
+            features: state.driver_features,
         });
         match activated {
             Ok(()) => self.signals.set_running(true),
             Err(error) => {
-                complain!("a virtio device could not be started: {error}");
+                complain!(host: "a virtio device could not be started: {error}");
                 self.signals.needs_reset();
             }
         }
@@ -367,7 +372,7 @@ impl CommonConfiguration {
                 let _ = ended.recv_timeout(QUICK_RESET);
             }
             Err(error) => {
-                log::warn!("no thread to reset a virtio device, a vCPU does it: {error}");
+                complain!(host: "no thread to reset a virtio device, a vCPU does it: {error}");
                 self.finish_reset();
             }
         }
