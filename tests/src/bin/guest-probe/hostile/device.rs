@@ -120,6 +120,19 @@ impl Function {
         anyhow::bail!("there is no file system device {tag}")
     }
 
+    /// Where all the other virtio devices have their registers, as the kernel has placed them.
+    pub fn registers_of_others(&self) -> Result<Vec<u32>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(DEVICES)? {
+            let path = entry?.path();
+            let other = Self::open(path)?;
+            if other.path != self.path && other.read(0)? & 0xffff == 0x1af4 {
+                found.push(other.read(0x10)? & !15);
+            }
+        }
+        Ok(found)
+    }
+
     fn open(path: PathBuf) -> Result<Self> {
         let file = path.join("config");
         let configuration = OpenOptions::new().read(true).write(true).open(file)?;
