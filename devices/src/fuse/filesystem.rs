@@ -57,8 +57,6 @@ pub struct Preferences {
     pub acl: bool,
     /// What is made is made as the guest's process, whose groups then count.
     pub groups: bool,
-    /// Files may be used without OPEN: `O_TRUNC` has to come as a SETATTR.
-    pub unopened: bool,
     /// Locks of fcntl(2) and flock(2) are the file system's to grant.
     pub locks: bool,
 }

@@ -100,6 +100,7 @@ pub(super) fn negotiate(
 /// What is both offered and wanted, less what depends on something that is not.
 fn agree(offered: InitFlags, wanted: Preferences, window: bool) -> InitFlags {
     let mut want = InitFlags::ASYNC_READ
+        | InitFlags::ATOMIC_O_TRUNC
         | InitFlags::BIG_WRITES
         | InitFlags::AUTO_INVAL_DATA
         | InitFlags::ASYNC_DIO
@@ -107,7 +108,6 @@ fn agree(offered: InitFlags, wanted: Preferences, window: bool) -> InitFlags {
         | InitFlags::MAX_PAGES
         | InitFlags::CACHE_SYMLINKS
         | InitFlags::INIT_EXT;
-    want.set(InitFlags::ATOMIC_O_TRUNC, !wanted.unopened);
     want.set(InitFlags::DO_READDIRPLUS | InitFlags::READDIRPLUS_AUTO, wanted.readdirplus);
     want.set(InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS, wanted.locks);
     want.set(InitFlags::WRITEBACK_CACHE, wanted.writeback);

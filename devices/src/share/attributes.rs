@@ -100,7 +100,7 @@ impl Share {
     /// The node of a request that may name a handle, which then has to be one of that node.
     fn node(&self, caller: Caller, fh: Option<u64>) -> Result<std::sync::Arc<Inode>> {
         let inode = self.inodes.get(caller.nodeid)?;
-        if let Some(fh) = fh.filter(|fh| !self.is_unopened(*fh)) {
+        if let Some(fh) = fh {
             self.handles.get(caller.nodeid, fh)?;
         }
         Ok(inode)
@@ -180,7 +180,7 @@ impl Share {
         let inode = self.inodes.get(caller.nodeid)?;
         let _changing = self.change()?;
         inode.check_open_to_guests()?;
-        let handle = match valid.contains(SetattrValid::FH) && !self.is_unopened(change.fh) {
+        let handle = match valid.contains(SetattrValid::FH) {
             true => Some(self.handles.get(caller.nodeid, change.fh)?),
             false => None,
         };

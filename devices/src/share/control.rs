@@ -53,7 +53,7 @@ impl Share {
         request: &IoctlIn,
         input: &[u8],
     ) -> Result<Vec<u8>> {
-        let handle = self.open_any(caller, request.fh)?;
+        let handle = self.open_handle(caller.nodeid, request.fh)?;
         if request.flags & IOCTL_UNRESTRICTED != 0 {
             return Err(Errno::NOTTY);
         }

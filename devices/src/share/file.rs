@@ -145,7 +145,7 @@ impl Share {
         request: &ReadIn,
         target: Payload<'_, '_>,
     ) -> Result<usize> {
-        let handle = self.open_file(caller, request.fh, OFlags::RDONLY)?;
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
         match caller.at_once {
             true => self.read_at_once(handle.file()?, request, &target),
             false => self.read_data(handle.file()?, request, &target),
@@ -167,7 +167,7 @@ impl Share {
         request: &WriteIn,
         source: Payload<'_, '_>,
     ) -> Result<usize> {
-        let handle = self.open_file(caller, request.fh, OFlags::RDWR)?;
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
         let file = handle.file()?;
         let _changing = self.change()?;
         if !file.writable {
@@ -203,7 +203,7 @@ impl Share {
 
     pub(super) fn sync(&self, caller: Caller, fh: u64, data_only: bool, file: bool) -> Result<()> {
         let handle = match file {
-            true => self.open_file(caller, fh, OFlags::RDONLY)?,
+            true => self.handles.get(caller.nodeid, fh)?,
             false => self.open_handle(caller.nodeid, fh)?,
         };
         if file {
@@ -252,7 +252,7 @@ impl Share {
     }
 
     pub(super) fn allocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {
-        let handle = self.open_file(caller, request.fh, OFlags::RDWR)?;
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
         let file = handle.file()?;
         let _changing = self.change()?;
         if !file.writable {
@@ -270,7 +270,7 @@ impl Share {
 
     /// LSEEK. The position that this moves is nobody's: all I/O names its offset.
     pub(super) fn seek_file(&self, caller: Caller, request: &LseekIn) -> Result<u64> {
-        let handle = self.open_file(caller, request.fh, OFlags::RDONLY)?;
+        let handle = self.handles.get(caller.nodeid, request.fh)?;
         let file = handle.file()?;
         // Where the guest collects writes, the host knows holes that are none any more, and whoever copies
         // by them loses data. After ENOSYS the guest's kernel calls the whole file data, which is allowed.
@@ -302,9 +302,8 @@ impl Share {
     /// Besides the real ones, `EXDEV` or `EOPNOTSUPP` when it cannot be done here, after which the guest
     /// reads and writes.
     pub(super) fn copy_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u64> {
-        let source = self.open_file(caller, request.fh_in, OFlags::RDONLY)?;
-        let to = Caller { nodeid: request.nodeid_out, ..caller };
-        let target = self.open_file(to, request.fh_out, OFlags::RDWR)?;
+        let source = self.handles.get(caller.nodeid, request.fh_in)?;
+        let target = self.handles.get(request.nodeid_out, request.fh_out)?;
         let (source, target) = (source.file()?, target.file()?);
         let _changing = self.change()?;
         if !target.writable {

@@ -27,7 +27,6 @@ impl FileSystem for Share {
             readdirplus: true,
             acl: self.options.acl,
             groups: self.switch_identity,
-            unopened: self.may_do_without_open(),
             locks: self.options.locks == LockPolicy::Host,
         }
     }
@@ -203,9 +202,6 @@ impl FileSystem for Share {
     }
 
     fn flush(&self, caller: Caller, request: &FlushIn) -> Result<()> {
-        if self.does_without_open() {
-            return Err(Errno::NOSYS);
-        }
         // The locks first: they go, whatever the host has to say about the data.
         self.drop_locks(caller, request)?;
         self.flush_file(caller, request.fh)

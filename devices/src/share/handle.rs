@@ -90,17 +90,6 @@ impl Handle {
         Self { nodeid, fh: NONE, kind, closed: AtomicBool::new(false), _room: room }
     }
 
-    /// A file that the guest uses without having opened it. It is in no table.
-    pub(super) fn of_file(nodeid: u64, file: OpenFile, room: Room) -> Self {
-        Self {
-            nodeid,
-            fh: NONE,
-            kind: Kind::File(file),
-            closed: AtomicBool::new(false),
-            _room: room,
-        }
-    }
-
     pub(super) fn nodeid(&self) -> u64 {
         self.nodeid
     }

@@ -502,9 +502,6 @@ impl Share {
             return Err(Errno::ISDIR);
         }
         inode.check_openable()?;
-        if self.needs_no_open(caller, inode) {
-            return Err(Errno::NOSYS);
-        }
         let flags = self.open_flags(flags)?;
         // As many blocks as the file has are given back.
         if caller.at_once && flags.contains(OFlags::TRUNC) {

@@ -169,7 +169,6 @@ impl FileSystem for Tree {
             readdirplus: true,
             acl: session.acl,
             groups: session.switches_identity(),
-            unopened: false,
             locks: session.locks == LockPolicy::Host,
         }
     }

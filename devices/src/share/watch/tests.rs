@@ -8,7 +8,7 @@ use super::*;
 use crate::fuse::abi::*;
 use crate::fuse::opcode::Opcode;
 use crate::fuse::testing::Guest;
-use crate::share::{CachePolicy, Options};
+use crate::share::{CachePolicy, LockPolicy, Options};
 use vm_memory::ByteValued;
 
 const AGENT: u32 = 4711;
@@ -384,4 +384,27 @@ fn what_the_agent_raises_reaches_no_file() {
     guest.gid = RAISING;
     guest.call(Opcode::Unlink, ROOT_ID, &[b"f\0"]).ok();
     assert!(!directory.join("f").exists());
+}
+
+#[test]
+fn files_are_opened_and_closed_by_requests() {
+    let Some(guest) = guest(|options| options.locks = LockPolicy::Guest) else { return };
+    host(&guest, "echo data >f; chmod 444 f");
+    let node = guest.node("f");
+    assert_eq!(kept(&guest, ROOT_ID, "f"), (GOOD, GOOD));
+    let fh = guest.fh(node, libc::O_RDONLY);
+    assert_ne!(fh, 0);
+    let create = CreateIn { flags: libc::O_RDWR as u32, mode: 0o600, ..Default::default() };
+    // Also when the name turns out to be there.
+    for name in [b"new\0", b"new\0"] {
+        assert_eq!(guest.call(Opcode::Create, ROOT_ID, &[create.as_slice(), name]).error, 0);
+    }
+    assert_eq!(guest.share.live_handles(), 3);
+    // One that was never opened is none.
+    let read = ReadIn { size: 4, ..Default::default() };
+    assert_eq!(guest.call(Opcode::Read, node, &[read.as_slice()]).error, libc::EBADF);
+    assert_ne!(guest.call(Opcode::Flush, node, &[&[0; 24]]).error, libc::ENOSYS);
+    let release = ReleaseIn { fh, ..Default::default() };
+    guest.call(Opcode::Release, node, &[release.as_slice()]).ok();
+    assert_eq!(guest.share.live_handles(), 2);
 }
