@@ -186,7 +186,7 @@ impl Machine {
         &self.serial
     }
 
-    /// Loads `image` and runs the guest.
+    /// Loads `image` and makes the vCPUs, which do not run before [`Machine::release`].
     ///
     /// # Errors
     ///
@@ -256,8 +256,17 @@ impl Machine {
             mmio,
             windows: self.windows.clone(),
             stop: Box::new(move |reason| on_stop(reason)),
+            released: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         })
+    }
+
+    /// Lets the guest run, once the machine was started. Takes no call of KVM's: the thread that made the vCPUs may have
+    /// given those up.
+    pub fn release(&self) {
+        if let Some((exits, threads)) = &self.running {
+            vcpu::release(exits, threads);
+        }
     }
 
     /// Stops the vCPUs. Idempotent; nothing of the guest runs afterwards.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -40,11 +40,22 @@ pub struct Exits {
     pub windows: Vec<Arc<Window>>,
     /// Told, from a vCPU's thread, when the guest cannot go on.
     pub stop: Box<dyn Fn(StopReason) + Send + Sync>,
+    /// Set once the guest may run.
+    pub released: AtomicBool,
     /// Set once no vCPU shall run any more.
     pub stopping: AtomicBool,
 }
 
-/// Runs `vcpu` on a thread of its own until the machine stops.
+impl Exits {
+    /// Waits until the guest may run, or shall not any more. For a vCPU's thread.
+    fn wait_for_release(&self) {
+        while !self.released.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
+            thread::park();
+        }
+    }
+}
+
+/// Runs `vcpu` on a thread of its own from [`release`] on until the machine stops.
 ///
 /// # Errors
 ///
@@ -56,9 +67,16 @@ pub fn start(id: u8, vcpu: VcpuFd, exits: Arc<Exits>) -> Result<JoinHandle<()>> 
     walls::start(Role::Vcpu, format!("vcpu{id}"), move || run(vcpu, &exits)).context("vCPU thread")
 }
 
+/// Lets the guest run.
+pub fn release(exits: &Exits, threads: &[JoinHandle<()>]) {
+    exits.released.store(true, Ordering::SeqCst);
+    threads.iter().for_each(|thread| thread.thread().unpark());
+}
+
 /// Ends all vCPU threads. One that hangs in the host is left behind with a warning.
 pub fn stop(exits: &Exits, threads: Vec<JoinHandle<()>>) {
     exits.stopping.store(true, Ordering::SeqCst);
+    threads.iter().for_each(|thread| thread.thread().unpark());
     // All of them together: many that hang take no longer than one.
     for _ in 0..KICKS {
         let mut running = threads.iter().filter(|thread| !thread.is_finished()).peekable();
@@ -91,6 +109,7 @@ struct Faults {
 }
 
 fn run(mut vcpu: VcpuFd, exits: &Exits) {
+    exits.wait_for_release();
     let mut faults = Faults::default();
     while !exits.stopping.load(Ordering::SeqCst) {
         if let Err(reason) = step(&mut vcpu, exits, &mut faults) {
@@ -247,9 +266,43 @@ mod tests {
             mmio: Bus::default(),
             windows: vec![window.clone()],
             stop: Box::new(|_| {}),
+            released: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         }
     }
+
+    #[test]
+    fn nothing_of_the_guest_runs_before_it_is_released() {
+        let window = Arc::new(Window::new(2 << 20).unwrap());
+        let exits = Arc::new(exits(&window));
+        let (waiter, (ran, runs)) = (exits.clone(), std::sync::mpsc::channel());
+        let threads = [thread::spawn(move || {
+            waiter.wait_for_release();
+            ran.send(()).unwrap();
+        })];
+        // Woken for nothing, as a thread may be.
+        threads[0].thread().unpark();
+        assert!(runs.recv_timeout(Duration::from_millis(50)).is_err());
+        release(&exits, &threads);
+        assert!(runs.recv_timeout(Duration::from_secs(10)).is_ok());
+    }
+
+    #[test]
+    fn a_machine_that_was_not_released_is_stopped_at_once() {
+        let window = Arc::new(Window::new(2 << 20).unwrap());
+        let exits = Arc::new(exits(&window));
+        let waiter = exits.clone();
+        register_signal_handler(SIGRTMIN(), ignore).unwrap();
+        let (gone, ended) = std::sync::mpsc::channel();
+        let waits = thread::spawn(move || {
+            waiter.wait_for_release();
+            gone.send(()).unwrap();
+        });
+        stop(&exits, vec![waits]);
+        assert!(ended.try_recv().is_ok());
+    }
+
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
     #[test]
     fn a_fault_that_another_vcpu_repaired_does_not_count() {

@@ -170,6 +170,7 @@ mod tests {
             mmio: Bus::default(),
             windows: vec![window.clone()],
             stop: Box::new(|_| {}),
+            released: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         };
         let ((one, _), (other, values)) = (counters(), counters());

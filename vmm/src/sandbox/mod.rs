@@ -136,7 +136,8 @@ pub fn run(args: &RunArgs) -> Result<u8> {
         on_stop: Arc::new(move |reason| stopped.send(Event::Stopped(reason))),
     };
     // Never dropped: a worker may hang in a file system of the host that does not answer, and to wait for it
-    // would be to hang too. The end of the process, which is near, gives everything back.
+    // would be to hang too. The end of the process, which is near, gives everything back. Besides, to take a window or an
+    // interrupt from KVM is not among the calls that the main thread has by then.
     let mut machine = ManuallyDrop::new(Machine::new(kvm, config)?);
     let released = named.as_ref().filter(|_| args.detach).map(|named| Release::new(&named.name));
     let released = released.transpose()?;
@@ -235,8 +236,11 @@ pub fn run(args: &RunArgs) -> Result<u8> {
     if foreign {
         // It does not say when it is ready.
         supervisor.detach()?;
+        supervisor.progress.finish();
     }
     walls::enter(walls::Role::Main)?;
+    // Not before: from here on no thread has the calls of all kinds.
+    machine.release();
     let outcome = supervisor.wait()?;
     machine.stop();
     running.retire();

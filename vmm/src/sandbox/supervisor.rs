@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use devices::virtio::vsock::VsockDevice;
@@ -136,7 +136,9 @@ impl Supervisor {
         let watch = Box::new(Watch { supervisor: self, patience, done: false });
         let id = manager.add_subscriber(watch);
         loop {
-            manager.run().context("event loop")?;
+            let pause =
+                manager.subscriber_mut(id).context("event loop")?.supervisor.progress.show();
+            manager.run_with_timeout(pause).context("event loop")?;
             if manager.subscriber_mut(id).context("event loop")?.done {
                 break;
             }
@@ -315,25 +317,110 @@ impl MutEventSubscriber for Watch {
     }
 }
 
-/// Says that a slow boot goes on, on a terminal only.
+/// Says that a slow boot goes on, on a terminal only. The main thread moves it on: one that the library starts for that
+/// would have no kind, and so the calls of all kinds, for as long as the guest likes to boot.
 pub struct Progress {
     bar: ProgressBar,
+    /// When it moves on.
+    next: Instant,
 }
 
 impl Progress {
     /// Begins to count.
     pub fn start() -> Self {
-        let bar = ProgressBar::no_length();
+        Self::on(ProgressBar::no_length())
+    }
+
+    fn on(bar: ProgressBar) -> Self {
         if let Ok(style) = ProgressStyle::with_template("{spinner} booting the sandbox ({elapsed})")
         {
             bar.set_style(style);
         }
-        bar.enable_steady_tick(PROGRESS_AFTER);
-        Self { bar }
+        Self { bar, next: Instant::now() + PROGRESS_AFTER }
+    }
+
+    /// Moves it on when it is time to, and says how many milliseconds there are until the next time. Negative: there is
+    /// none.
+    fn show(&mut self) -> i32 {
+        if self.bar.is_hidden() || self.bar.is_finished() {
+            return -1;
+        }
+        let now = Instant::now();
+        if now >= self.next {
+            self.bar.tick();
+            self.next = now + PROGRESS_AFTER;
+        }
+        // Rounded up, so that it is time then.
+        let pause = self.next.saturating_duration_since(now).as_millis().saturating_add(1);
+        i32::try_from(pause).unwrap_or(i32::MAX)
     }
 
     /// Takes it off the screen.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex;
+
+    use indicatif::{ProgressDrawTarget, TermLike};
+
+    use super::*;
+
+    /// Keeps what was written since the last line was cleared.
+    #[derive(Clone, Debug, Default)]
+    struct Screen(Arc<Mutex<String>>);
+
+    impl TermLike for Screen {
+        fn width(&self) -> u16 {
+            80
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            self.0.lock().unwrap().clear();
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_slow_boot_is_shown_from_the_calling_thread_until_the_command_starts() {
+        let screen = Screen::default();
+        let shown = || screen.0.lock().unwrap().trim().to_string();
+        let target = ProgressDrawTarget::term_like(Box::new(screen.clone()));
+        let mut progress = Progress::on(ProgressBar::with_draw_target(None, target));
+        let pause = Duration::from_millis(progress.show().try_into().unwrap());
+        assert!(pause > PROGRESS_AFTER / 2 && pause <= PROGRESS_AFTER + Duration::from_millis(1));
+        assert_eq!(shown(), "");
+        progress.next = Instant::now();
+        assert!(progress.show() > 0);
+        assert!(shown().contains("booting the sandbox"), "{}", shown());
+        progress.finish();
+        assert_eq!((progress.show(), shown().as_str()), (-1, ""));
+        let hidden = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        assert_eq!(Progress::on(hidden).show(), -1);
     }
 }
