@@ -150,6 +150,19 @@ const PRCTL: [libc::c_int; 5] = [
     libc::PR_SET_PDEATHSIG,
 ];
 
+/// What fcntl(2) is called for: copies of descriptors, their flags, locks of open files. Not to have signals sent, to
+/// whomever, when something comes, nor for leases.
+const FCNTL: [libc::c_int; 8] = [
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_OFD_GETLK,
+    libc::F_OFD_SETLK,
+    libc::F_OFD_SETLKW,
+];
+
 /// Namespaces that clone(2) makes.
 const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWUSER
@@ -240,14 +253,29 @@ fn arguments(role: Role) -> Result<Vec<(libc::c_long, Vec<SeccompRule>)>> {
         (libc::SYS_sendto, one(whole(4, 0))?),
         (libc::SYS_process_vm_readv, one(is(0, own))?),
         (libc::SYS_process_vm_writev, one(is(0, own))?),
-        (libc::SYS_seccomp, one(is(0, libc::SECCOMP_SET_MODE_FILTER.into()))?),
+        // For the calling thread, and with nobody who decides in the kernel's place.
+        (libc::SYS_seccomp, vec![both(is(0, libc::SECCOMP_SET_MODE_FILTER.into()), is(1, 0))?]),
+        (libc::SYS_fcntl, any_of(1, FCNTL.map(|command| command as u64))?),
+        // How long to wait for the other end.
+        (
+            libc::SYS_setsockopt,
+            vec![socket_option(libc::SO_RCVTIMEO)?, socket_option(libc::SO_SNDTIMEO)?],
+        ),
         (libc::SYS_prctl, any_of(0, PRCTL.map(|option| option as u64))?),
         // To ask, not to set.
         (libc::SYS_prlimit64, one(whole(2, 0))?),
     ];
-    let requests: Vec<u64> = match role {
-        // Makes the vCPUs. No guest is there yet, and of the threads that stay so none has to do with it.
-        Role::Other => return Ok(rules),
+    if let Some(requests) = requests(role) {
+        rules.push((libc::SYS_ioctl, any_of(1, requests)?));
+    }
+    Ok(rules)
+}
+
+/// What the role may ask with ioctl(2), if it has the call. `None`: anything.
+fn requests(role: Role) -> Option<Vec<u64>> {
+    Some(match role {
+        // Makes the vCPUs. No thread is so any more once they run.
+        Role::Other => return None,
         Role::Vcpu => [request::RUN]
             .into_iter()
             .chain(request::PREFAULT)
@@ -261,9 +289,7 @@ fn arguments(role: Role) -> Result<Vec<(libc::c_long, Vec<SeccompRule>)>> {
         }
         Role::Device(Work::Sockets) => vec![request::SOCKET],
         Role::Device(Work::Bytes) | Role::Watch => Vec::new(),
-    };
-    rules.push((libc::SYS_ioctl, any_of(1, requests)?));
-    Ok(rules)
+    })
 }
 
 type Condition = seccompiler::Result<SeccompCondition>;
@@ -295,6 +321,15 @@ fn one(condition: Condition) -> Result<Vec<SeccompRule>> {
     Ok(vec![rule.context("seccomp")?])
 }
 
+fn both(first: Condition, second: Condition) -> Result<SeccompRule> {
+    let rule = first.and_then(|first| Ok(SeccompRule::new(vec![first, second?])?));
+    rule.context("seccomp")
+}
+
+fn socket_option(option: libc::c_int) -> Result<SeccompRule> {
+    both(is(1, libc::SOL_SOCKET as u64), is(2, option as u64))
+}
+
 fn any_of(argument: u8, values: impl IntoIterator<Item = u64>) -> Result<Vec<SeccompRule>> {
     let rules = values.into_iter().map(|value| one(is(argument, value)));
     Ok(rules.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
@@ -318,3 +353,48 @@ pub const REFUSED: &[Call] = calls![
     SYS_setgid SYS_setresuid SYS_init_module SYS_kexec_load SYS_reboot SYS_bind SYS_listen
     SYS_pidfd_open SYS_pidfd_getfd SYS_shmget SYS_personality SYS_modify_ldt SYS_pkey_mprotect
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Who starts threads of which kind: see `walls::start` and `devices::threads::spawn`.
+    const STARTED: [(Role, Role); 6] = [
+        (Role::Vcpu, Role::Device(Work::Files)),
+        (Role::Vcpu, Role::Device(Work::Bytes)),
+        (Role::Device(Work::Files), Role::Device(Work::Files)),
+        (Role::Control, Role::Control),
+        (Role::Main, Role::Main),
+        // Standard input.
+        (Role::Main, Role::Device(Work::Bytes)),
+    ];
+
+    fn numbers(role: Role) -> BTreeSet<libc::c_long> {
+        of(role).into_iter().flatten().map(|(call, _)| *call).collect()
+    }
+
+    #[test]
+    fn who_starts_a_thread_has_all_that_it_needs() {
+        let others = super::super::ROLES.map(|role| (Role::Other, role));
+        for (parent, child) in STARTED.into_iter().chain(others) {
+            let lacks: Vec<_> = numbers(child).difference(&numbers(parent)).copied().collect();
+            assert!(lacks.is_empty(), "{parent:?} {child:?}: {lacks:?}");
+            let Some(own) = requests(parent) else { continue };
+            let lacks: Vec<_> =
+                requests(child).unwrap().into_iter().filter(|one| !own.contains(one)).collect();
+            assert!(lacks.is_empty(), "{parent:?} {child:?}: {lacks:x?}");
+        }
+    }
+
+    #[test]
+    fn who_starts_threads_may_start_them() {
+        for (parent, child) in STARTED {
+            let own = numbers(parent);
+            for (call, name) in THREADS {
+                assert!(own.contains(call), "{parent:?} {child:?}: {name}");
+            }
+        }
+    }
+}

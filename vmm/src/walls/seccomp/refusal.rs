@@ -37,13 +37,14 @@ extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
     let mut digits = [b' '; 10];
     let name = calls::name(call);
     let words: [&[u8]; 7] = [
-        b"oriel: the sandbox was ended: its thread ",
+        // The terminal may be raw, where a line does not begin at its left.
+        b"\r\noriel: the sandbox was ended: its thread ",
         thread.split(|byte| *byte == 0).next().unwrap_or_default(),
         b" made a system call that it has no use for: ",
         decimal(call, &mut digits),
         if name.is_empty() { b"" } else { b", " },
         name.as_bytes(),
-        b" (a mistake of oriel's, or the guest has taken it over)\n",
+        b" (a mistake of oriel's, or the guest has taken it over; `stty sane` mends the terminal)\r\n",
     ];
     let mut line = [0u8; 256];
     let mut len = 0;
@@ -51,8 +52,13 @@ extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
         *to = *from;
         len += 1;
     }
-    // SAFETY: no more bytes are read than there are. What cannot be written is lost.
-    unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), len) };
+    let mut room = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    // A pipe that nobody reads, or a terminal that was told to stop, is not waited for: the process is to end.
+    // SAFETY: one entry is given and there is one.
+    if unsafe { libc::poll(&mut room, 1, 0) } == 1 {
+        // SAFETY: no more bytes are read than there are. What cannot be written is lost.
+        unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), len) };
+    }
     // SAFETY: ends the process, and returns to nobody.
     unsafe { libc::_exit(STATUS_SANDBOX.into()) }
 }

@@ -5,6 +5,11 @@ use std::process::Command;
 use super::calls::REFUSED;
 use super::*;
 
+/// Of asm-generic/fcntl.h.
+const F_SETSIG: usize = 10;
+const F_SETOWN_EX: usize = 15;
+const LISTENER: usize = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as usize;
+
 /// Names the role and the call that a copy of this program is to make in it.
 const CALL: &str = "ORIEL_TEST_CALL";
 
@@ -41,17 +46,26 @@ fn output_of(
     number: libc::c_long,
     arguments: [usize; 4],
 ) -> (Option<i32>, String) {
+    let output = maker_of(role, parent, number, arguments).output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+fn maker_of(
+    role: Role,
+    parent: Option<Role>,
+    number: libc::c_long,
+    arguments: [usize; 4],
+) -> Command {
     let test = "walls::seccomp::tests::a_call_is_made_in_a_role";
     let place = |role| ROLES.iter().position(|other| *other == role).unwrap();
     let [a, b, c, d] = arguments;
     let parent = parent.map_or(ROLES.len(), place);
-    let output = Command::new(std::env::current_exe().unwrap())
+    let mut maker = Command::new(std::env::current_exe().unwrap());
+    maker
         .args(["--exact", test, "--ignored", "--nocapture"])
-        .env(CALL, format!("{} {parent} {number} {a} {b} {c} {d}", place(role)))
-        .output()
-        .unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.code(), String::from_utf8(said).unwrap())
+        .env(CALL, format!("{} {parent} {number} {a} {b} {c} {d}", place(role)));
+    maker
 }
 
 fn ends(role: Role, number: libc::c_long, arguments: [usize; 4]) {
@@ -88,6 +102,7 @@ fn arguments_that_no_thread_has_a_use_for_are_the_end_of_it() {
     let private = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize;
     let newuser = libc::CLONE_NEWUSER as usize;
     let thread = libc::CLONE_THREAD as usize;
+    let socket = libc::SOL_SOCKET as usize;
     for (number, arguments) in [
         (libc::SYS_mmap, [0, 4096, executable, private]),
         (libc::SYS_mprotect, [0, 0, libc::PROT_EXEC as usize, 0]),
@@ -102,6 +117,15 @@ fn arguments_that_no_thread_has_a_use_for_are_the_end_of_it() {
         (libc::SYS_process_vm_readv, [1, 0, 0, 0]),
         (libc::SYS_rt_sigaction, [libc::SIGSYS as usize, 0, 0, 8]),
         (libc::SYS_prlimit64, [0, 0, 4096, 0]),
+        // Signals to whomever when something comes; leases of files.
+        (libc::SYS_fcntl, [0, libc::F_SETOWN as usize, 1, 0]),
+        (libc::SYS_fcntl, [0, F_SETOWN_EX, 0, 0]),
+        (libc::SYS_fcntl, [0, F_SETSIG, libc::SIGKILL as usize, 0]),
+        (libc::SYS_fcntl, [0, libc::F_SETLEASE as usize, 0, 0]),
+        (libc::SYS_fcntl, [0, libc::F_NOTIFY as usize, 0, 0]),
+        (libc::SYS_seccomp, [libc::SECCOMP_SET_MODE_FILTER as usize, LISTENER, 0, 0]),
+        (libc::SYS_setsockopt, [0, socket, libc::SO_ATTACH_FILTER as usize, 0]),
+        (libc::SYS_setsockopt, [0, libc::IPPROTO_TCP as usize, libc::SO_RCVTIMEO as usize, 0]),
     ] {
         ends(Role::Main, number, arguments);
     }
@@ -111,6 +135,28 @@ fn arguments_that_no_thread_has_a_use_for_are_the_end_of_it() {
             ends(role, libc::SYS_ioctl, [0, request, 0, 0]);
         }
     }
+}
+
+#[test]
+fn the_end_waits_for_nobody_to_read_of_it() {
+    let (_reader, mut writer) = io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while io::Write::write(&mut writer, &[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    let mut maker = maker_of(Role::Main, None, libc::SYS_execve, [0; 4]);
+    let mut child = maker.stdout(std::process::Stdio::null()).stderr(writer).spawn().unwrap();
+    let start = std::time::Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if start.elapsed() > std::time::Duration::from_secs(30) {
+            child.kill().unwrap();
+            panic!("it waits for a reader");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    assert_eq!(status.code(), Some(125));
 }
 
 #[test]
@@ -131,6 +177,11 @@ fn what_one_kind_of_thread_does_another_may_not() {
         ends(role, libc::SYS_ioctl, run);
     }
     answers(Role::Vcpu, libc::SYS_ioctl, run, "-1 9");
+    for command in [libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC] {
+        answers(bytes, libc::SYS_fcntl, [usize::MAX, command as usize, 0, 0], "-1 9");
+    }
+    let (level, option) = (libc::SOL_SOCKET as usize, libc::SO_SNDTIMEO as usize);
+    answers(Role::Control, libc::SYS_setsockopt, [usize::MAX, level, option, 0], "-1 9");
 }
 
 #[test]
@@ -148,17 +199,19 @@ fn what_has_another_way_is_refused_and_not_the_end() {
 }
 
 #[test]
-fn a_thread_has_what_it_needs_whoever_starts_it() {
+fn a_thread_makes_its_calls_whoever_starts_it() {
     let files = Role::Device(Work::Files);
     let bad_handle = [usize::MAX, 0, 0, 0];
-    for (parent, role) in [
-        (Role::Vcpu, files),
-        (Role::Vcpu, Role::Device(Work::Bytes)),
-        (files, files),
-        (Role::Control, Role::Control),
-        (Role::Main, Role::Main),
+    // That the lists are parts of each other is seen where they are; here, that filters on filters let them be.
+    for (parent, role, call) in [
+        (Role::Vcpu, files, libc::SYS_fchmod),
+        (Role::Vcpu, Role::Device(Work::Bytes), libc::SYS_readv),
+        (files, files, libc::SYS_fchmod),
+        (Role::Control, Role::Control, libc::SYS_accept4),
+        (Role::Main, Role::Main, libc::SYS_dup3),
+        (Role::Main, Role::Device(Work::Bytes), libc::SYS_readv),
     ] {
-        let (status, said) = output_of(role, Some(parent), libc::SYS_readv, bad_handle);
+        let (status, said) = output_of(role, Some(parent), call, bad_handle);
         assert_eq!(status, Some(0), "{parent:?} {role:?}: {said}");
         assert!(said.contains("returned -1 9"), "{parent:?} {role:?}: {said}");
     }
