@@ -28,8 +28,9 @@ use oriel_init::watch::{
     self, ATTRIBUTES, CLOSED, CREATED, Change, DELETED, FromWatcher, MODIFIED, ToWatcher,
 };
 use rustix::fs::{
-    Advice, AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, StatxFlags, chmod, fadvise,
-    fallocate, mkdirat, mknodat, openat, statx, symlinkat, unlinkat,
+    Advice, AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, Statx, StatxFlags,
+    StatxTimestamp, chmod, fadvise, fallocate, mkdirat, mknodat, openat, statx, symlinkat,
+    unlinkat,
 };
 use rustix::io::Errno;
 
@@ -122,7 +123,7 @@ impl Share {
                 self.ask_name(*directory, &name, (*ask, *data), *events)
             }
             Change::Listing { directory } => self.ask_listing(*directory),
-            Change::Node { node } => ask_attributes(self.reach(*node, OFlags::PATH)?),
+            Change::Node { node } => ask_attributes(&self.reach(*node, OFlags::PATH)?, c""),
         }
     }
 
@@ -142,16 +143,25 @@ impl Share {
         let heard = listens
             && (self.listeners.hears(statx(&directory, "", AtFlags::EMPTY_PATH, INO)?.stx_ino)
                 || before.is_some_and(|(_, number)| self.listeners.hears(number)));
-        // First, for it is only heard of what the kernel still knows.
+        // First, for it is only heard of what the kernel still knows. But not of a directory: it may be there by another
+        // name, and the kernel lets nobody work in one that it has seen removed.
         if heard
             && events & DELETED != 0
             && let Some((mode, _)) = before
+            && FileType::from_raw_mode(mode) != FileType::Directory
         {
             self.raise(node, name, DELETED, mode);
         }
         if ask || heard {
             match mkdirat(&directory, name, Mode::empty()) {
                 Ok(()) | Err(Errno::EXIST | Errno::ROFS) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if ask {
+            match ask_attributes(&directory, name) {
+                // It is not there, and that the kernel knows by now.
+                Ok(()) | Err(Errno::NOENT) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -187,7 +197,7 @@ impl Share {
     fn ask_listing(&self, directory: u64) -> Result<(), Errno> {
         let directory = self.reach(directory, OFlags::RDONLY | OFlags::DIRECTORY)?;
         fadvise(&directory, 0, None, Advice::DontNeed)?;
-        ask_attributes(directory)
+        ask_attributes(&directory, c"")
     }
 
     fn reach(&self, node: u64, flags: OFlags) -> Result<OwnedFd, Errno> {
@@ -224,7 +234,6 @@ fn raise(directory: &OwnedFd, name: &CStr, events: u8, mode: u32) -> Result<(), 
     let kind = FileType::from_raw_mode(mode);
     let permissions = Mode::from_raw_mode(mode & 0o7777);
     match (events, kind) {
-        (DELETED, FileType::Directory) => unlinkat(directory, name, AtFlags::REMOVEDIR),
         (DELETED, _) => unlinkat(directory, name, AtFlags::empty()),
         (CREATED, FileType::Directory) => mkdirat(directory, name, permissions),
         (CREATED, FileType::Symlink) => symlinkat(c"-", directory, name),
@@ -309,9 +318,29 @@ impl Listeners {
     }
 }
 
-fn ask_attributes(file: OwnedFd) -> Result<(), Errno> {
-    let how = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
-    statx(file, "", how, StatxFlags::BASIC_STATS).map(drop)
+/// How often attributes are asked for, at most. Twice is enough, but where the guest itself changes them all the time.
+const ATTEMPTS: usize = 3;
+
+/// Of a file, or of an entry of a directory when a name is given. That the name was looked up just now is not enough: an
+/// answer that comes after another one, which was asked for later, the kernel does not keep
+/// (`fuse_change_attributes_i`, fs/fuse/inode.c). So until what it keeps is what the host said.
+fn ask_attributes(at: &OwnedFd, name: &CStr) -> Result<(), Errno> {
+    let how = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
+    for _ in 0..ATTEMPTS {
+        let said = statx(at, name, how | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)?;
+        let kept = statx(at, name, how | AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS)?;
+        if of_both(&said) == of_both(&kept) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel keeps of a file as the host said it. (Times of access it has its own.)
+fn of_both(of: &Statx) -> impl PartialEq + use<> {
+    let time = |time: StatxTimestamp| (time.tv_sec, time.tv_nsec);
+    let owner = (of.stx_uid, of.stx_gid);
+    (of.stx_mode, owner, of.stx_nlink, of.stx_size, time(of.stx_mtime), time(of.stx_ctime))
 }
 
 /// Where a share is mounted, as /proc/PID/mountinfo says (proc(5)).
