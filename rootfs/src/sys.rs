@@ -150,21 +150,17 @@ const MOUNT_ATTR_NOSUID: u64 = 0x2;
 const MOUNT_ATTR_NODEV: u64 = 0x4;
 const MOUNT_ATTR_NOEXEC: u64 = 0x8;
 
-/// The directory at a path, open for reading, by a mount that is nowhere; through one that is `read_only` nothing can be
-/// changed.
+/// The directory at a path, open for reading, by a mount that is nowhere and through which nothing can be changed.
 ///
 /// # Errors
 ///
 /// The kernel's; `ENOSYS` before Linux 5.12.
-pub(crate) fn twin_mount(path: &CStr, read_only: bool) -> io::Result<OwnedFd> {
+pub(crate) fn read_only_twin(path: &CStr) -> io::Result<OwnedFd> {
     use rustix::mount::OpenTreeFlags as Flags;
     let flags = Flags::OPEN_TREE_CLONE | Flags::OPEN_TREE_CLOEXEC;
     let mount = rustix::mount::open_tree(rustix::fs::CWD, path, flags)?;
     let attributes = MountAttributes {
-        set: MOUNT_ATTR_NOSUID
-            | MOUNT_ATTR_NODEV
-            | MOUNT_ATTR_NOEXEC
-            | if read_only { MOUNT_ATTR_RDONLY } else { 0 },
+        set: MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY,
         clear: 0,
         propagation: 0,
         user_namespace: 0,
@@ -234,22 +230,4 @@ pub(crate) fn open_fuse_node(
     }
     // SAFETY: a file descriptor that was just made, and is nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// The calling thread's requests to file systems are those of a group, until this is dropped. The thread is of group 0.
-pub(crate) struct FileGroup(());
-
-impl FileGroup {
-    pub(crate) fn take(group: u32) -> Self {
-        // SAFETY: setfsgid takes a number, and concerns the calling thread alone.
-        unsafe { libc::syscall(libc::SYS_setfsgid, group) };
-        Self(())
-    }
-}
-
-impl Drop for FileGroup {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        unsafe { libc::syscall(libc::SYS_setfsgid, 0) };
-    }
 }

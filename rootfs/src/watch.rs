@@ -17,8 +17,6 @@ pub enum ToWatcher {
     Begin {
         /// The device's.
         tag: String,
-        /// The group id to have while names are to be taken for new ones. (Changes by the thread have no effect at any time.)
-        group: u32,
     },
     /// This has changed.
     Changed(Vec<Change>),
@@ -34,12 +32,8 @@ pub enum Change {
         directory: u64,
         /// The name, each byte as the character of that number: names need not be UTF-8, and mostly are ASCII.
         name: String,
-        /// The kernel is to ask for it. Otherwise it does not know it.
-        ask: bool,
         /// Its data as well.
         data: bool,
-        /// What those who watch it are to hear: the sum of some of [`DELETED`] to [`ATTRIBUTES`].
-        events: u8,
     },
     /// Which names are in a directory.
     Listing {
@@ -52,17 +46,6 @@ pub enum Change {
         node: u64,
     },
 }
-
-/// It was taken away, or moved elsewhere.
-pub const DELETED: u8 = 1;
-/// It was made, or moved here.
-pub const CREATED: u8 = 2;
-/// It was written to, or truncated.
-pub const MODIFIED: u8 = 4;
-/// Who had it open for writing has closed it.
-pub const CLOSED: u8 = 8;
-/// Its attributes are others.
-pub const ATTRIBUTES: u8 = 16;
 
 /// The agent's answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,7 +87,7 @@ mod tests {
         assert_eq!(text(b"name"), "name");
         assert_eq!(bytes("\u{100}"), None);
         let name = text(&all);
-        let change = Change::Name { directory: 1 << 60, name, ask: true, data: true, events: 31 };
+        let change = Change::Name { directory: 1 << 60, name, data: true };
         let json = serde_json::to_vec(&change).unwrap();
         assert_eq!(serde_json::from_slice::<Change>(&json).unwrap(), change);
     }

@@ -81,9 +81,6 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, caller: Caller, name: &CStr) -> Result<EntryOut> {
-        if self.watch.as_ref().is_some_and(|watch| watch.is_raised(caller, name)) {
-            return Err(Errno::NOENT);
-        }
         self.look_up(caller, name)
     }
 
@@ -100,9 +97,6 @@ impl FileSystem for Share {
     }
 
     fn setattr(&self, caller: Caller, change: &SetattrIn) -> Result<AttrOut> {
-        if self.is_raising(caller).is_some() {
-            return self.get_attributes(caller, None);
-        }
         self.set_attributes(caller, change)
     }
 
@@ -115,37 +109,22 @@ impl FileSystem for Share {
     }
 
     fn symlink(&self, caller: Caller, name: &CStr, target: &CStr) -> Result<EntryOut> {
-        if let Some(watch) = self.is_raising(caller) {
-            return self.make_as_if(watch, caller, name);
-        }
         self.make_symlink(caller, name, target)
     }
 
     fn mknod(&self, caller: Caller, name: &CStr, mode: u32, rdev: u32) -> Result<EntryOut> {
-        if let Some(watch) = self.is_raising(caller) {
-            return self.make_as_if(watch, caller, name);
-        }
         self.make_node(caller, name, mode, rdev)
     }
 
     fn mkdir(&self, caller: Caller, name: &CStr, mode: u32) -> Result<EntryOut> {
-        if let Some(watch) = self.is_raising(caller) {
-            return self.make_as_if(watch, caller, name);
-        }
         self.make_directory(caller, name, mode)
     }
 
     fn unlink(&self, caller: Caller, name: &CStr) -> Result<()> {
-        if self.is_raising(caller).is_some() {
-            return Ok(());
-        }
         self.remove(caller, name, AtFlags::empty())
     }
 
     fn rmdir(&self, caller: Caller, name: &CStr) -> Result<()> {
-        if self.is_raising(caller).is_some() {
-            return Ok(());
-        }
         self.remove(caller, name, AtFlags::REMOVEDIR)
     }
 
@@ -157,23 +136,15 @@ impl FileSystem for Share {
         new_name: &CStr,
         flags: u32,
     ) -> Result<()> {
-        if self.is_raising(caller).is_some() {
-            return Ok(());
-        }
         self.move_entry(caller, name, new_directory, new_name, flags)
     }
 
     fn link(&self, caller: Caller, nodeid: u64, name: &CStr) -> Result<EntryOut> {
-        self.refuse_raising(caller)?;
         self.make_link(caller, nodeid, name)
     }
 
     fn open(&self, caller: Caller, flags: u32, fuse_flags: u32) -> Result<OpenOut> {
         let inode = self.inodes.get(caller.nodeid)?;
-        let reads = flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32;
-        if !reads && self.is_raising(caller).is_some() {
-            return self.open_as_if(&inode);
-        }
         self.open_inode(caller, &inode, flags, fuse_flags & OPEN_KILL_SUIDGID != 0)
     }
 
@@ -183,12 +154,10 @@ impl FileSystem for Share {
         name: &CStr,
         request: &CreateIn,
     ) -> Result<(EntryOut, OpenOut)> {
-        self.refuse_raising(caller)?;
         self.create_file(caller, name, request)
     }
 
     fn tmpfile(&self, caller: Caller, request: &CreateIn) -> Result<(EntryOut, OpenOut)> {
-        self.refuse_raising(caller)?;
         self.create_unnamed(caller, request)
     }
 
@@ -197,7 +166,6 @@ impl FileSystem for Share {
     }
 
     fn write(&self, caller: Caller, request: &WriteIn, source: Payload<'_, '_>) -> Result<usize> {
-        self.refuse_raising(caller)?;
         self.write_file(caller, request, source)
     }
 
@@ -229,9 +197,6 @@ impl FileSystem for Share {
     }
 
     fn fallocate(&self, caller: Caller, request: &FallocateIn) -> Result<()> {
-        if self.is_raising(caller).is_some() {
-            return Ok(());
-        }
         self.allocate(caller, request)
     }
 
@@ -240,12 +205,10 @@ impl FileSystem for Share {
     }
 
     fn copy_file_range(&self, caller: Caller, request: &CopyFileRangeIn) -> Result<u64> {
-        self.refuse_raising(caller)?;
         self.copy_range(caller, request)
     }
 
     fn ioctl(&self, caller: Caller, request: &IoctlIn, input: &[u8]) -> Result<Vec<u8>> {
-        self.refuse_raising(caller)?;
         self.control(caller, request, input)
     }
 
@@ -291,7 +254,6 @@ impl FileSystem for Share {
         flags: u32,
         kill_sgid: bool,
     ) -> Result<()> {
-        self.refuse_raising(caller)?;
         self.set_xattr(caller, name, value, flags, kill_sgid)
     }
 
@@ -304,7 +266,6 @@ impl FileSystem for Share {
     }
 
     fn removexattr(&self, caller: Caller, name: &CStr) -> Result<()> {
-        self.refuse_raising(caller)?;
         self.remove_xattr(caller, name)
     }
 

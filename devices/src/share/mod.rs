@@ -40,7 +40,6 @@ mod namespace;
 mod near;
 mod options;
 mod pseudo;
-mod raising;
 mod reach;
 mod sys;
 mod table;
@@ -61,7 +60,7 @@ pub use options::{
     CachePolicy, DaxPolicy, DirectPolicy, LockLimits, LockPolicy, Options, Timeouts, XattrPolicy,
 };
 
-pub use watch::{Batch, Events, Happened, Item, RAISING, Watch, WatchLimits};
+pub use watch::{Batch, Happened, Item, Watch, WatchLimits};
 
 pub use common::Common;
 pub(crate) use common::NUMBER_BITS;
@@ -213,7 +212,7 @@ impl Share {
         if options.cache != CachePolicy::Watch || index != 0 {
             return None;
         }
-        match Watch::new(options.watch_limits, options.alone, options.events) {
+        match Watch::new(options.watch_limits, options.alone) {
             Ok(watch) => Some(Arc::new(watch)),
             Err(error) => {
                 let directory = options.directory.display();

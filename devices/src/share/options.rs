@@ -134,8 +134,6 @@ pub struct Options {
     pub negative_timeout: Option<Duration>,
     /// How much is watched with [`CachePolicy::Watch`].
     pub watch_limits: WatchLimits,
-    /// With [`CachePolicy::Watch`], those who watch files in the guest are to hear of what the host does.
-    pub events: bool,
     /// No other share of this process has any of the directory's files: what this process does there it does for
     /// this guest.
     pub alone: bool,
@@ -210,7 +208,6 @@ impl Options {
             attr_timeout: None,
             negative_timeout: None,
             watch_limits: WatchLimits::default(),
-            events: false,
             alone: true,
             dax: DaxPolicy::default(),
             window: None,

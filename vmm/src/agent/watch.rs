@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use devices::share::{Batch, Item, RAISING, Watch};
+use devices::share::{Batch, Item, Watch};
 use devices::threads::Work;
 use devices::virtio::vsock::VsockDevice;
 use oriel_init::frames::{self, Decoder, MAX_TO_HOST};
@@ -172,7 +172,7 @@ impl Teller {
                 return Ok(());
             }
             link.phase = Phase::Asked;
-            link.say(&ToWatcher::Begin { tag: self.tag.clone(), group: RAISING })?;
+            link.say(&ToWatcher::Begin { tag: self.tag.clone() })?;
         }
         link.decoder.push(bytes);
         while let Some(frame) = link.decoder.frame().map_err(io::Error::other)? {
@@ -211,13 +211,9 @@ impl Link {
 
 fn message(batch: &Batch) -> ToWatcher {
     let change = |item: &Item| match item {
-        Item::Name { directory, name, happened } => Change::Name {
-            directory: *directory,
-            name: text(name),
-            ask: happened.ask,
-            data: happened.data,
-            events: happened.events.bits(),
-        },
+        Item::Name { directory, name, happened } => {
+            Change::Name { directory: *directory, name: text(name), data: happened.data }
+        }
         Item::Listing { directory } => Change::Listing { directory: *directory },
         Item::Node { node } => Change::Node { node: *node },
     };

@@ -32,8 +32,6 @@ pub struct ShareOptions {
     pub negative_timeout: Option<Duration>,
     /// How many directories are watched with `cache=watch`; as many as is usual when not given.
     pub watches: Option<usize>,
-    /// With `cache=watch`, who watches files in the guest hears of what the host does.
-    pub events: bool,
     /// The guest collects writes.
     pub writeback: bool,
     /// The guest may make device nodes.
@@ -77,7 +75,6 @@ impl Default for ShareOptions {
             attr_timeout: None,
             negative_timeout: None,
             watches: None,
-            events: false,
             writeback: false,
             device_nodes: false,
             xattr: None,
@@ -121,7 +118,6 @@ impl ShareOptions {
                 ("entry-timeout", _) => options.entry_timeout = time()?,
                 ("attr-timeout", _) => options.attr_timeout = time()?,
                 ("negative-timeout", _) => options.negative_timeout = time()?,
-                ("events", "") => options.events = true,
                 ("watches", count) => options.watches = Some(parse_watches(count)?),
                 ("locks", whose) => options.locks = parse_locks(whose)?,
                 ("dax", mode) => options.dax = parse_dax(mode)?,
@@ -197,11 +193,6 @@ impl ShareOptions {
             return Err("direct=host: what is mapped from the host's page cache is not read or written past \
                         it; give dax=never as well, or leave it at direct=buffered"
                 .into());
-        }
-        if self.events && self.cache != CachePolicy::Watch {
-            return Err(
-                "events: changes are heard of with cache=watch only; give it as well".into()
-            );
         }
         if self.watches.is_some() && self.cache != CachePolicy::Watch {
             return Err(

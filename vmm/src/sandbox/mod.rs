@@ -375,7 +375,6 @@ fn served(
     served.attr_timeout = options.attr_timeout;
     served.negative_timeout = options.negative_timeout;
     served.watch_limits.directories = options.watches.unwrap_or(served.watch_limits.directories);
-    served.events = options.events;
     served.writeback = options.writeback;
     served.device_nodes = options.device_nodes;
     served.direct = options.direct;

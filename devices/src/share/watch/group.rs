@@ -12,7 +12,6 @@ use bitflags::bitflags;
 
 use super::super::file_handle::FileHandle;
 use super::super::host::Host;
-use super::Events;
 use crate::fuse::Result;
 
 bitflags! {
@@ -21,7 +20,6 @@ bitflags! {
     pub(super) struct What: u64 {
         const MODIFY = libc::FAN_MODIFY;
         const ATTRIB = libc::FAN_ATTRIB;
-        const CLOSE_WRITE = libc::FAN_CLOSE_WRITE;
         const MOVED_FROM = libc::FAN_MOVED_FROM;
         const MOVED_TO = libc::FAN_MOVED_TO;
         const CREATE = libc::FAN_CREATE;
@@ -39,23 +37,9 @@ impl What {
     pub(super) const NAMES: Self =
         Self::MOVED_FROM.union(Self::MOVED_TO).union(Self::CREATE).union(Self::DELETE);
 
-    /// What those who watch it in the guest hear.
-    pub(super) fn events(self) -> Events {
-        let pairs = [
-            (Self::DELETE | Self::MOVED_FROM, Events::DELETED),
-            (Self::CREATE | Self::MOVED_TO, Events::CREATED),
-            (Self::MODIFY, Events::MODIFIED),
-            (Self::CLOSE_WRITE, Events::CLOSED),
-            (Self::ATTRIB, Events::ATTRIBUTES),
-        ];
-        let heard = pairs.into_iter().filter(|(what, _)| self.intersects(*what));
-        heard.fold(Events::empty(), |all, (_, event)| all | event)
-    }
-
     /// What is watched of a directory.
     const WATCHED: u64 = Self::MODIFY.bits()
         | Self::ATTRIB.bits()
-        | Self::CLOSE_WRITE.bits()
         | Self::NAMES.bits()
         | Self::DELETE_SELF.bits()
         | libc::FAN_ONDIR

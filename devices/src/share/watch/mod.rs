@@ -14,7 +14,6 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,17 +22,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ord
 
 use self::group::{Event, Group, What};
 use self::pending::Pending;
-pub use self::pending::{Batch, Events, Happened, Item};
-use self::tables::{Name, Tables};
+pub use self::pending::{Batch, Happened, Item};
+use self::tables::Tables;
 use super::file_handle::FileHandle;
 use super::host::Host;
 use super::inode::{Inode, Which};
-use crate::fuse::Caller;
 use crate::sync::lock;
-
-/// The group that the agent's thread is in while it has others hear of what the host has done: it then takes names for new
-/// that are not.
-pub const RAISING: u32 = 0x6f72_6965;
 
 /// How much is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +52,6 @@ pub struct Watch {
     limits: WatchLimits,
     /// What this process does itself the guest knows: nobody but this guest's share does anything there.
     own_is_known: bool,
-    /// Who watches files in the guest is to hear.
-    events: bool,
     state: Mutex<State>,
     /// The agent is there, and has answered in time.
     live: AtomicBool,
@@ -74,8 +66,6 @@ struct State {
     pending: Pending,
     /// What the agent has to acknowledge.
     sent: Option<Batch>,
-    /// Of that, the names that the agent is to make as if they were new.
-    raised: HashSet<(u64, Name)>,
     /// Not before all of this is acknowledged may the guest keep anything for good.
     recovering: bool,
     /// The agent is there.
@@ -111,12 +101,11 @@ impl Watch {
     /// # Errors
     ///
     /// The host's, as of [`Group::new`].
-    pub(super) fn new(limits: WatchLimits, own_is_known: bool, events: bool) -> io::Result<Self> {
+    pub(super) fn new(limits: WatchLimits, own_is_known: bool) -> io::Result<Self> {
         Ok(Self {
             group: Group::new()?,
             limits,
             own_is_known,
-            events,
             state: Mutex::default(),
             live: AtomicBool::new(false),
             agent: AtomicU32::new(0),
@@ -132,21 +121,6 @@ impl Watch {
     /// Whether a request with this process number is the agent's.
     pub(super) fn is_agent(&self, pid: u32) -> bool {
         pid != 0 && self.agent.load(Relaxed) == pid
-    }
-
-    /// Whether a name is to be taken for a new one: the agent is about to have others hear of it.
-    pub(super) fn is_raised(&self, caller: Caller, name: &CStr) -> bool {
-        if caller.gid != RAISING || !self.is_agent(caller.pid) {
-            return false;
-        }
-        let directory = caller.nodeid;
-        let state = lock(&self.state);
-        !state.raised.is_empty() && state.raised.contains(&(directory, name.to_bytes().into()))
-    }
-
-    /// It has made it.
-    pub(super) fn has_raised(&self, directory: u64, name: &CStr) {
-        lock(&self.state).raised.remove(&(directory, name.to_bytes().into()));
     }
 
     /// Watches a directory, if that can be. Called before anything is read of it that the guest may keep.
@@ -320,14 +294,9 @@ impl Watch {
         if listed {
             pending.listing(directory);
         }
-        let happened = Happened {
-            ask: told.is_some() && (listed || event.what.intersects(What::MODIFY | What::ATTRIB)),
-            data: event.what.contains(What::MODIFY) && !event.what.contains(What::ONDIR),
-            // What the guest has done itself was heard there when it did it.
-            events: if event.own || !self.events { Events::empty() } else { event.what.events() },
-        };
-        if happened.ask || !happened.events.is_empty() {
-            pending.name(directory, &event.name, happened);
+        if told.is_some() && (listed || event.what.intersects(What::MODIFY | What::ATTRIB)) {
+            let data = event.what.contains(What::MODIFY) && !event.what.contains(What::ONDIR);
+            pending.name(directory, &event.name, Happened { data });
         }
         if listed && let Some(node) = told.filter(|node| *node != 0) {
             // It may be open in the guest, where what happens to it is heard of no more.
@@ -403,7 +372,6 @@ impl Watch {
             return None;
         }
         let batch = state.pending.take();
-        state.raised = batch.created();
         state.sent = Some(batch.clone());
         count(&self.counts.batches);
         Some(batch)
@@ -412,7 +380,6 @@ impl Watch {
     /// It has done that.
     pub fn done(&self) {
         let mut state = lock(&self.state);
-        state.raised.clear();
         if let Some(batch) = state.sent.take() {
             self.counts.revalidated.fetch_add(batch.len() as u64, Relaxed);
         }

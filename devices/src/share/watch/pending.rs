@@ -2,16 +2,10 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use bitflags::bitflags;
-
 use super::tables::Name;
 
 /// So many things are told at once: few enough to be done in some milliseconds, so that what is told last does not wait.
 const BATCH: usize = 256;
-
-/// So many names of which nothing is to be asked wait to be heard of: what the kernel keeps of one queue of inotify(7), four
-/// times.
-const MOST_HEARD: usize = 1 << 16;
 
 /// One thing that the guest is to ask for anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,39 +34,16 @@ pub enum Item {
 /// What has happened to a name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Happened {
-    /// The guest was told of it, and is to ask again.
-    pub ask: bool,
     /// The data of what it names are others.
     pub data: bool,
-    /// What those who watch it in the guest are to hear.
-    pub events: Events,
-}
-
-bitflags! {
-    /// What somebody who watches a directory hears (inotify(7)).
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-    pub struct Events: u8 {
-        /// It was taken away, or moved elsewhere.
-        const DELETED = 1;
-        /// It was made, or moved here.
-        const CREATED = 2;
-        /// It was written to, or truncated.
-        const MODIFIED = 4;
-        /// Who had it open for writing has closed it.
-        const CLOSED = 8;
-        /// Mode, owner, times or extended attributes are others.
-        const ATTRIBUTES = 16;
-    }
 }
 
 impl Happened {
-    /// What is lost sight of is asked for, and nobody hears of it.
-    pub(super) const ANYTHING: Self = Self { ask: true, data: true, events: Events::empty() };
+    /// What is lost sight of.
+    pub(super) const ANYTHING: Self = Self { data: true };
 
     fn add(&mut self, other: Self) {
-        self.ask |= other.ask;
         self.data |= other.data;
-        self.events |= other.events;
     }
 }
 
@@ -87,19 +58,6 @@ impl Batch {
     /// How many.
     pub fn len(&self) -> usize {
         self.items.len()
-    }
-
-    /// The names of it that are new.
-    pub(super) fn created(&self) -> HashSet<(u64, Name)> {
-        let created = |item: &Item| match item {
-            Item::Name { directory, name, happened }
-                if happened.events.contains(Events::CREATED) =>
-            {
-                Some((*directory, name.clone()))
-            }
-            _ => None,
-        };
-        self.items.iter().filter_map(created).collect()
     }
 
     /// None.
@@ -129,11 +87,8 @@ impl Pending {
 
     pub(super) fn name(&mut self, directory: u64, name: &[u8], happened: Happened) {
         let key: (u64, Name) = (directory, name.into());
-        let many = self.names.len() >= MOST_HEARD;
         match self.names.get_mut(&key) {
             Some(before) => before.add(happened),
-            // What is only to be heard of is lost where more happens than anybody can listen to.
-            None if !happened.ask && many => {}
             None => {
                 self.order.push_back(key.clone());
                 self.names.insert(key, happened);

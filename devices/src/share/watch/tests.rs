@@ -17,7 +17,6 @@ const AGENT: u32 = 4711;
 fn guest(change: impl FnOnce(&mut Options)) -> Option<Guest> {
     let guest = Guest::with(|options| {
         options.cache = CachePolicy::Watch;
-        options.events = true;
         change(options);
     });
     let watch = guest.share.watch()?;
@@ -58,17 +57,6 @@ const GOOD: u64 = 86400;
 
 /// All that the agent is to ask for now; it does it.
 fn told(guest: &Guest) -> Vec<Item> {
-    let mut all = all_told(guest);
-    all.retain(|item| !matches!(item, Item::Name { happened, .. } if !happened.ask));
-    for item in &mut all {
-        if let Item::Name { happened, .. } = item {
-            happened.events = Events::empty();
-        }
-    }
-    all
-}
-
-fn all_told(guest: &Guest) -> Vec<Item> {
     watch(guest).gather().unwrap();
     let mut items = Vec::new();
     while let Some(batch) = watch(guest).take() {
@@ -78,21 +66,9 @@ fn all_told(guest: &Guest) -> Vec<Item> {
     items
 }
 
-/// A name that is to be asked for. What is heard of it is for another test.
+/// A name that is to be asked for.
 fn name(directory: u64, name: &str, data: bool) -> Item {
-    let happened = Happened { ask: true, data, events: Events::empty() };
-    Item::Name { directory, name: name.as_bytes().into(), happened }
-}
-
-/// What is heard of names.
-fn heard(guest: &Guest) -> Vec<(String, Events)> {
-    let of = |item: &Item| match item {
-        Item::Name { name, happened, .. } => {
-            Some((String::from_utf8_lossy(name).into_owned(), happened.events))
-        }
-        _ => None,
-    };
-    all_told(guest).iter().filter_map(of).collect()
+    Item::Name { directory, name: name.as_bytes().into(), happened: Happened { data } }
 }
 
 #[test]
@@ -288,102 +264,6 @@ fn the_time_of_an_unwatched_directory_that_has_just_changed_is_never_twice_the_s
     assert!(!soon || one.mtimensec != two.mtimensec);
     std::thread::sleep(std::time::Duration::from_millis(40));
     assert_eq!(time().mtimensec, time().mtimensec);
-}
-
-#[test]
-fn what_happens_in_a_directory_is_heard_there_also_of_names_that_nobody_asked_for() {
-    let Some(guest) = guest(|_| {}) else { return };
-    host(&guest, "echo >f; echo >old");
-    guest.node("f");
-    heard(&guest);
-    let of = |events: &[(&str, Events)]| -> Vec<_> {
-        events.iter().map(|(name, events)| (name.to_string(), *events)).collect()
-    };
-    use Events as E;
-    host(&guest, "echo >new");
-    assert_eq!(heard(&guest), of(&[("new", E::CREATED | E::MODIFIED | E::CLOSED)]));
-    host(&guest, "chmod 600 f");
-    assert_eq!(heard(&guest), of(&[("f", E::ATTRIBUTES)]));
-    host(&guest, "mv f moved; rm old");
-    let moved = [("f", E::DELETED), ("moved", E::CREATED), ("old", E::DELETED)];
-    let mut all = heard(&guest);
-    all.sort_by(|one, other| one.0.cmp(&other.0));
-    assert_eq!(all, of(&moved));
-    fs::write(guest.path().join("own"), "").unwrap();
-    assert_eq!(heard(&guest), []);
-}
-
-/// A request that the agent makes only for others to hear of what has happened.
-fn raise(
-    guest: &mut Guest,
-    opcode: Opcode,
-    node: u64,
-    parts: &[&[u8]],
-) -> crate::fuse::testing::Answer {
-    let before = (guest.pid, guest.gid);
-    (guest.pid, guest.gid) = (AGENT, RAISING);
-    let answer = guest.call(opcode, node, parts);
-    (guest.pid, guest.gid) = before;
-    answer
-}
-
-/// Number, size, mode and times of the files of the next test.
-fn seen(directory: &std::path::Path) -> Vec<impl PartialEq + std::fmt::Debug + use<>> {
-    use std::os::unix::fs::MetadataExt;
-    let of = |name| fs::symlink_metadata(directory.join(name)).unwrap();
-    let times = |of: &fs::Metadata| (of.mtime(), of.mtime_nsec(), of.ctime(), of.ctime_nsec());
-    let all = ["f", "new", "."].map(of);
-    all.iter().map(|of| (of.ino(), of.size(), of.mode(), times(of))).collect()
-}
-
-#[test]
-fn what_the_agent_raises_reaches_no_file() {
-    let Some(mut guest) = guest(|_| {}) else { return };
-    host(&guest, "echo data >f; touch -d @1000000000 f .");
-    let node = guest.node("f");
-    watch(&guest).gather().unwrap();
-    while watch(&guest).take().is_some() {
-        watch(&guest).done();
-    }
-    host(&guest, "echo >new; touch -d @1000000000 .");
-    watch(&guest).gather().unwrap();
-    assert!(watch(&guest).take().is_some());
-    let before = seen(guest.path());
-    let directory = guest.directory.path().to_owned();
-    let setattr = SetattrIn {
-        valid: SetattrValid::MODE.bits() | SetattrValid::SIZE.bits(),
-        mode: 0o777,
-        ..Default::default()
-    };
-    let changed = raise(&mut guest, Opcode::Setattr, node, &[setattr.as_slice()]);
-    assert_eq!(changed.get::<AttrOut>().attr.size, 5, "what it is, and not what was asked");
-    raise(&mut guest, Opcode::Unlink, ROOT_ID, &[b"f\0"]).ok();
-    let rename = Rename2In { newdir: ROOT_ID, flags: 0, padding: 0 };
-    raise(&mut guest, Opcode::Rename2, ROOT_ID, &[rename.as_slice(), b"f\0g\0"]).ok();
-    // A name that is new on the host is new for the agent, once.
-    assert_eq!(raise(&mut guest, Opcode::Lookup, ROOT_ID, &[b"new\0"]).error, libc::ENOENT);
-    assert_eq!(guest.lookup(ROOT_ID, "new").error, 0, "and for nobody else");
-    let mknod = MknodIn { mode: libc::S_IFREG | 0o600, ..Default::default() };
-    let made = raise(&mut guest, Opcode::Mknod, ROOT_ID, &[mknod.as_slice(), b"new\0"]);
-    assert_eq!(made.get::<EntryOut>().attr.size, 1);
-    assert_eq!(raise(&mut guest, Opcode::Lookup, ROOT_ID, &[b"new\0"]).error, 0);
-    let made = raise(&mut guest, Opcode::Mknod, ROOT_ID, &[mknod.as_slice(), b"other\0"]);
-    assert_eq!(made.error, libc::ENOENT, "nothing is made");
-    assert!(!directory.join("other").exists());
-    // What is opened so is of no use, and so is writing by another's handle.
-    let open = OpenIn { flags: libc::O_WRONLY as u32, fuse_flags: 0 };
-    let fh = match raise(&mut guest, Opcode::Open, node, &[open.as_slice()]) {
-        answer if answer.error == 0 => answer.get::<OpenOut>().fh,
-        answer => panic!("{answer:?}"),
-    };
-    let allocate = FallocateIn { fh, length: 1 << 20, ..Default::default() };
-    raise(&mut guest, Opcode::Fallocate, node, &[allocate.as_slice()]).ok();
-    assert_ne!(guest.write(node, fh, 0, b"x").error, 0);
-    assert_eq!(seen(&directory), before);
-    // Who only has the group, or only the thread's number, is an ordinary guest.
-    guest.gid = RAISING;
-    guest.call(Opcode::Unlink, ROOT_ID, &[b"f\0"]).ok();
-    assert!(!directory.join("f").exists());
 }
 
 #[test]

@@ -7,7 +7,6 @@ mod bench;
 mod files;
 mod hostile;
 mod kata;
-mod listen;
 mod litmus;
 mod locks;
 mod log;
@@ -46,7 +45,6 @@ fn main() -> ExitCode {
         ["cut", file, size] => number(size).and_then(|size| {
             Ok(std::fs::OpenOptions::new().write(true).open(file)?.set_len(size)?)
         }),
-        ["listen", directory] => listen::listen(directory.as_ref()),
         ["tree", directory] => tree::serve(directory.as_ref()),
         ["noise", size, file] => files::write_noise(size, file.as_ref()),
         ["pages", size, file] => wander::write(size, file.as_ref()),
@@ -56,7 +54,7 @@ fn main() -> ExitCode {
         ["vsock"] => vsock::serve(),
         ["vsock-pipe", port] => vsock::pipe(port),
         _ => Err(anyhow::anyhow!(
-            "guest-probe files|lock|locks|log|log-check|read-only|map|bench|litmus|cut|listen|tree|noise|pages|wander|hostile|\
+            "guest-probe files|lock|locks|log|log-check|read-only|map|bench|litmus|cut|tree|noise|pages|wander|hostile|\
              touch-window|vsock|vsock-pipe …, not {words:?}"
         )),
     };
