@@ -191,12 +191,14 @@ fn count(counters: &serde_json::Map<String, serde_json::Value>, name: &str) -> u
 
 #[test]
 fn a_file_read_in_order_costs_no_faults_and_random_touches_enter_no_neighbours() {
-    let tree = Tree::with_probe(PROBE);
+    // The probe is a file of many ranges itself, and has a share of its own.
+    let (programs, tree) = (Tree::with_probe(PROBE), Tree::new());
     tree.fill("data", 96 * 2 * MIB);
     let stats = tempfile::NamedTempFile::new().unwrap();
-    let share = tree.at("/s", "dax=always,window=256M");
-    let arguments = ["-v", &share, "--stats", stats.path().to_str().unwrap()];
-    let mut guest = Bench::with(&arguments, "/s", &["data"]);
+    let (programs, share) =
+        (programs.at("/s", "dax=never"), tree.at("/d", "dax=always,window=256M"));
+    let arguments = ["-v", &programs, "-v", &share, "--stats", stats.path().to_str().unwrap()];
+    let mut guest = Bench::with(&arguments, "/s", &["../d/data"]);
     let mut faults = |line: &str| {
         let before = guest.faults();
         guest.time(line);
@@ -211,7 +213,7 @@ fn a_file_read_in_order_costs_no_faults_and_random_touches_enter_no_neighbours()
     // Three of them may follow one another all the same.
     assert!(shuffled >= 14 * RANGE, "{shuffled} faults for 16 ranges in a random order");
     guest.end();
-    let counters = counters(stats.path(), "share0");
+    let counters = counters(stats.path(), "share1");
     let prefaulted = count(&counters, "dax_prefaulted");
     assert!((32..=34).contains(&prefaulted), "{counters:?}");
     let bytes = count(&counters, "dax_prefaulted_bytes");
