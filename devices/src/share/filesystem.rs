@@ -10,8 +10,8 @@ use crate::fuse::abi::{
     LkIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, ReadIn, ReleaseIn, SetattrIn, StatxOut, WriteIn,
 };
 use crate::fuse::{
-    Caller, DirectorySink, Errno, FileSystem, LockReply, Payload, Placement, Preferences, Result,
-    Wait, XattrReply,
+    Caller, DirectorySink, FileSystem, LockReply, Payload, Placement, Preferences, Result, Wait,
+    XattrReply,
 };
 
 impl FileSystem for Share {
